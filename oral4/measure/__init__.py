@@ -1,0 +1,1 @@
+"""Timing, intervals, records of experiments, and the claims that the records decide."""
