@@ -1,4 +1,4 @@
-'''Every claim of a paper beside what was measured: ``oral4/<chapter>/claims.toml``, verdicts, tables.
+"""Every claim of a paper beside what was measured: ``oral4/<chapter>/claims.toml``, verdicts, tables.
 
 The file is a list of ``[[claim]]`` tables. A claim that an experiment answers::
 
@@ -17,7 +17,7 @@ The file is a list of ``[[claim]]`` tables. A claim that an experiment answers::
     format = ".2f"                              # how our figure is printed; optional, ".3g"
     note = "Two cores; the GPU is not shown."   # optional, printed under the claim
 
-A claim that nothing here answers has a ``reason`` in place of ``record``, ``metric``, ``holds``, ``direction``, ``format``::
+A claim that nothing here answers has a ``reason`` in place of the record, its metric, the rules and the format::
 
     [[claim]]
     id = "C7"
@@ -41,4 +41,4 @@ not shown here     all else: no record, or the mean fails and the interval is to
 ================== ==================================================================================
 
 So the two strong verdicts need an interval, the two weak ones do not, and none is easier to get for us than against us.
-'''
+"""
