@@ -92,7 +92,7 @@ def cache_dir() -> Path:
     """
     chosen = _variable("ORAL4_CACHE")
     if chosen is not None:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     import pooch  # ~0.1 s, hence only here
 
     return Path(pooch.os_cache("oral4"))
@@ -104,7 +104,7 @@ def data_dir() -> Path | None:
     The folder is only read. Whether it exists is for the reader to say.
     """
     chosen = _variable("ORAL4_DATA")
-    return None if chosen is None else Path(chosen).expanduser()
+    return None if chosen is None else Path(chosen).expanduser().absolute()
 
 
 def offline(value: bool | None = None) -> bool:
