@@ -16,9 +16,8 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from oral4.errors import DataError
 
 __all__ = ["tree_sha256", "unpack"]
 
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError)
-_UNSUPPORTED = (RuntimeError, NotImplementedError)  # what zipfile raises for passwords and rare compressions
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
@@ -86,32 +83,42 @@ def unpack(
     folder.mkdir(parents=True)
     written: list[str] = []
     try:
-        for name, source in _plain_files(archive, members, strip, limits):
-            target = folder / name
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("xb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise DataError(f"{archive.name}: {name} comes twice") from error
-            written.append(name)
+        with closing(_plain_files(archive, members, strip, limits)) as plain_files:
+            for name, source in plain_files:
+                target = folder / name
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with target.open("xb") as file:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                    raise DataError(f"{archive.name}: {name} comes twice") from error
+                written.append(name)
         if not written:
             raise DataError(f"{archive.name}: holds none of {', '.join(members)}")
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(folder)
-        if isinstance(error, _DAMAGE):
-            raise DataError(f"{archive.name}: the archive is damaged: {error}") from error
-        if isinstance(error, _UNSUPPORTED):
-            raise DataError(f"{archive.name}: cannot be unpacked: {error}") from error
         raise
     return written
+
+
+@contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """Turn whatever the decoders raise into ``DataError``; errors of writing do not pass through here."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except (RuntimeError, NotImplementedError) as error:  # a password, a rare compression
+        raise DataError(f"{archive.name}: cannot be unpacked: {error}") from error
+    except Exception as error:  # on damage they also raise OSError, ValueError, IndexError and more
+        raise DataError(f"{archive.name}: the archive is damaged: {error or type(error).__name__}") from error
 
 
 class _Meter:
     """Counts what one archive has given so far and stops at the limits."""
 
     def __init__(self, archive: Path, limits: Limits):
-        self.name, self.packed, self.limits = archive.name, archive.stat().st_size, limits
+        self.archive, self.packed, self.limits = archive, archive.stat().st_size, limits
         self.members = self.bytes = 0
 
     def add(self, members: int = 0, num_bytes: int = 0) -> None:
@@ -120,25 +127,27 @@ class _Meter:
         try:
             check_archive(self.members, self.bytes, self.packed, limits=self.limits)
         except DataError as error:
-            raise DataError(f"{self.name}: {error}") from None
+            raise DataError(f"{self.archive.name}: {error}") from None
 
 
-class _Metered:
-    """A stream whose bytes are counted as they are read."""
+class _Stream:
+    """A stream of an archive whose errors are ``DataError``, and whose bytes are counted unless told otherwise."""
 
-    def __init__(self, stream: Any, meter: _Meter):
-        self.stream, self.meter = stream, meter
+    def __init__(self, stream: Any, meter: _Meter, counted: bool = True):
+        self.stream, self.meter, self.counted = stream, meter, counted
 
     def read(self, size: int) -> bytes:
-        block = self.stream.read(size)
-        self.meter.add(num_bytes=len(block))
+        with _reading(self.meter.archive):
+            block = self.stream.read(size)
+        if self.counted:
+            self.meter.add(num_bytes=len(block))
         return block
 
 
-def _plain_files(archive: Path, members: Sequence[str], strip: int, limits: Limits) -> Iterator[tuple[str, Any]]:
+def _plain_files(archive: Path, members: Sequence[str], strip: int, limits: Limits) -> Generator[tuple[str, Any]]:
     """Yield the relative path and the bytes of every allowed member."""
     meter = _Meter(archive, limits)
-    with ExitStack() as stack:
+    with _reading(archive), ExitStack() as stack:
         raw = stack.enter_context(archive.open("rb"))
         magic = raw.read(6)
         raw.seek(0)
@@ -150,18 +159,18 @@ def _plain_files(archive: Path, members: Sequence[str], strip: int, limits: Limi
                 is_plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
                 if name := _allowed(info.filename, info.is_dir(), is_plain, archive, members, strip):
                     with zipped.open(info) as stream:
-                        yield name, _Metered(stream, meter)
+                        yield name, _Stream(stream, meter)
             return
         opener: Any = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
         plain: Any = stack.enter_context(opener(raw)) if opener else raw
         # The meter sits below tarfile: what it skips, and headers of any length, count as well.
-        metered: Any = _Metered(plain, meter)
+        metered: Any = _Stream(plain, meter)
         tar = stack.enter_context(tarfile.open(fileobj=metered, mode="r|"))
         for member in tar:
             meter.add(members=1)
             is_plain = member.isfile() and not member.issparse()
             if name := _allowed(member.name, member.isdir(), is_plain, archive, members, strip):
-                yield name, tar.extractfile(member)
+                yield name, _Stream(tar.extractfile(member), meter, counted=False)
 
 
 def _allowed(name: str, is_folder: bool, is_plain: bool, archive: Path, members: Sequence[str], strip: int) -> str:
