@@ -19,7 +19,9 @@ def listed_skips() -> dict[str, str]:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--run", action="append", default=[], choices=sorted(OPTIONAL), help="also run the tests so marked")
+    parser.addoption(
+        "--run", action="append", default=[], choices=sorted(OPTIONAL), help="also run the tests so marked"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -52,7 +54,11 @@ def _restore_random_state():
     except ImportError:
         yield
         return
-    dtype, threads, deterministic = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    dtype, threads, deterministic = (
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)

@@ -4,14 +4,16 @@ import re
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 from notebook import address
 
+ROOT = Path(__file__).parents[1]
 BY_HAND = {"README.md", "CITATION.cff", "settings.ini", "CONTRIBUTING.md"}  # read where nothing can fill in a value
 
 
 def tracked() -> list[Path]:
-    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [ROOT / line for line in out.splitlines() if (ROOT / line).is_file()]
 
 
@@ -24,11 +26,16 @@ def test_only_settings_and_hand_written_pages_name_the_address():
     for path in tracked():
         if path.name in BY_HAND or path.suffix in (".png", ".webp", ".npz", ".safetensors") or path == Path(__file__):
             continue
-        assert not mentions(path.read_text(encoding="utf8", errors="replace")), f"{path.relative_to(ROOT)}: derive the address from settings.ini"
+        assert not mentions(path.read_text(encoding="utf8", errors="replace")), (
+            f"{path.relative_to(ROOT)}: derive the address from settings.ini"
+        )
 
 
 def test_hand_written_pages_agree_with_settings():
-    allowed = {address()["repo_url"].removeprefix("https://"), address()["site_url"].removeprefix("https://").rstrip("/")}
+    allowed = {
+        address()["repo_url"].removeprefix("https://"),
+        address()["site_url"].removeprefix("https://").rstrip("/"),
+    }
     for name in BY_HAND - {"settings.ini"}:
         assert mentions((ROOT / name).read_text(encoding="utf8")) <= allowed, name
     assert mentions((ROOT / "README.md").read_text(encoding="utf8"))

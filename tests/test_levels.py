@@ -24,7 +24,10 @@ def imports(path: Path, root: Path = ROOT) -> set[str]:
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = [*(package[: len(package) - node.level + 1] if node.level else []), *((node.module or "").split(".") if node.module else [])]
+            base = [
+                *(package[: len(package) - node.level + 1] if node.level else []),
+                *((node.module or "").split(".") if node.module else []),
+            ]
             names = [".".join([*base, a.name]) for a in node.names]
         else:
             continue
@@ -49,7 +52,15 @@ def test_imports_go_down(path):
     assert not violations(path)
 
 
-@pytest.mark.parametrize("line", ["from oral4.geodiff import x", "import oral4.cli", "from ..dp.engine import ClipEngine", "def f():\n    from oral4 import flan"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from oral4.geodiff import x",
+        "import oral4.cli",
+        "from ..dp.engine import ClipEngine",
+        "def f():\n    from oral4 import flan",
+    ],
+)
 def test_the_rule_can_fail(line, tmp_path):
     file = tmp_path / "oral4/pyraformer/graph.py"
     file.parent.mkdir(parents=True)

@@ -12,7 +12,9 @@ LIMIT = 1_500_000  # bytes of one page: what a phone should have to fetch before
 LOADS = {"script", "img", "source", "audio", "video", "iframe", "embed", "object", "track", "input"}
 PRELOADS = {"stylesheet", "preload", "modulepreload", "icon", "dns-prefetch", "preconnect", "prefetch"}
 THEME_IDS = {"search-input"}  # the theme writes it twice on its search page
-LEFTOVER = re.compile(r"#\|\s*(?:export|hide|label|fig-|code-|default_exp)|\{(?:record|cite|numref|eq|doc)(?::\w+)?\}`|\{\{ \w+_url \}\}")
+LEFTOVER = re.compile(
+    r"#\|\s*(?:export|hide|label|fig-|code-|default_exp)|\{(?:record|cite|numref|eq|doc)(?::\w+)?\}`|\{\{ \w+_url \}\}"
+)
 
 
 class Page(HTMLParser):
@@ -67,7 +69,10 @@ def problems(root: Path, prefix: str) -> tuple[list[str], int, int]:
         if (size := path.stat().st_size) > LIMIT:
             bad.append(f"{name}: {size / 1e6:.2f} MB, more than {LIMIT / 1e6} MB")
         bad += [f"{name}: image without alt text: {src}" for src in page.no_alt]
-        bad += [f"{name}: the id {i!r} stands {page.ids.count(i)} times" for i in {i for i in page.ids if page.ids.count(i) > 1} - THEME_IDS]
+        bad += [
+            f"{name}: the id {i!r} stands {page.ids.count(i)} times"
+            for i in {i for i in page.ids if page.ids.count(i) > 1} - THEME_IDS
+        ]
         if "_modules/" not in name and (left := LEFTOVER.search("\n".join(page.prose))):
             bad.append(f"{name}: unresolved markup {left[0]!r}")
         for link, loads in page.links:
@@ -91,7 +96,10 @@ def problems(root: Path, prefix: str) -> tuple[list[str], int, int]:
             elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids:
                 bad.append(f"{name}: {link} has no such anchor")
     for sheet in root.rglob("*.css"):
-        for match in re.finditer(r"(?:@import\s+|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)", sheet.read_text(encoding="utf8", errors="replace")):
+        for match in re.finditer(
+            r"(?:@import\s+|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)",
+            sheet.read_text(encoding="utf8", errors="replace"),
+        ):
             bad.append(f"{sheet.relative_to(root)}: loads {match[1]} from the network")
     return sorted(set(bad)), len(pages), sum(len(p.links) for p in pages.values())
 

@@ -46,7 +46,16 @@ VALUED_TAGS = {
     ("eval", "false"): "skip-execution",
     ("error", "true"): "raises-exception",
 }
-KNOWN = {*TAGS, *FULL_SCALE, *(name for name, _ in VALUED_TAGS), "solution", "label", "fig-cap", "fig-alt", "code-summary"}
+KNOWN = {
+    *TAGS,
+    *FULL_SCALE,
+    *(name for name, _ in VALUED_TAGS),
+    "solution",
+    "label",
+    "fig-cap",
+    "fig-alt",
+    "code-summary",
+}
 
 
 @cache
@@ -112,7 +121,12 @@ def _imports(code: str, path: Path | None, seen: set[Path]) -> set[Path]:
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*(package[: len(package) - node.level + 1] if node.level else []), *([node.module] if node.module else [])])
+            base = ".".join(
+                [
+                    *(package[: len(package) - node.level + 1] if node.level else []),
+                    *([node.module] if node.module else []),
+                ]
+            )
             names = [base, *(f"{base}.{a.name}" for a in node.names)]
         for name in names:
             if name.split(".")[0] != "oral4":
@@ -129,7 +143,9 @@ def used(nb: dict) -> list[Path]:
     records and claims where it reads any."""
     code = "\n".join(directives(c["source"])[1] for c in nb["cells"] if c["cell_type"] == "code")
     files = _imports(code, None, set())
-    if any(f.is_relative_to(ROOT / "oral4/measure") for f in files) or "{record}" in "".join(c["source"] for c in nb["cells"]):
+    if any(f.is_relative_to(ROOT / "oral4/measure") for f in files) or "{record}" in "".join(
+        c["source"] for c in nb["cells"]
+    ):
         files |= {*(ROOT / "oral4/records").rglob("*.json"), *(ROOT / "oral4").glob("*/claims.toml")}
     return sorted(files)
 
@@ -175,10 +191,17 @@ def prepare(nb: dict) -> dict:
         summary = found.get("code-summary") or ("Show the solution" if "solution" in found else None)
         if summary:
             mystnb |= {"code_prompt_show": summary, "code_prompt_hide": re.sub("^Show", "Hide", summary)}
-        cell["metadata"] = ({"tags": list(dict.fromkeys(tags))} if tags else {}) | ({"mystnb": mystnb} if mystnb else {})
+        cell["metadata"] = ({"tags": list(dict.fromkeys(tags))} if tags else {}) | (
+            {"mystnb": mystnb} if mystnb else {}
+        )
         cell["source"], cell["outputs"], cell["execution_count"] = code, [], None
     # jupyter-cache compares code and kernelspec: the hash makes it notice a changed library, record or scale
-    nb["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python", "oral4": signature}
+    nb["metadata"]["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+        "oral4": signature,
+    }
     return nb
 
 
@@ -225,7 +248,12 @@ def module_of(nb: dict) -> str | None:
 
 
 def _markdown(source: str) -> dict:
-    return {"cell_type": "markdown", "metadata": {}, "source": source, "id": hashlib.sha1(source.encode()).hexdigest()[:8]}
+    return {
+        "cell_type": "markdown",
+        "metadata": {},
+        "source": source,
+        "id": hashlib.sha1(source.encode()).hexdigest()[:8],
+    }
 
 
 def links(path: Path, nb: dict) -> dict[str, str]:
@@ -270,21 +298,40 @@ def page(nb: dict, path: Path, run: dict | None) -> dict:
                 target = directives(source["source"])[0].get("export") or module
                 cells.append(_markdown(_in_library(path, str(target), names)))
         elif match := CARD.match(text):
-            rows = "".join(f'<a href="{escape(url)}"{" download" if label.startswith("Down") else ""}>{label}</a>' for label, url in links(path, nb).items())
+            rows = "".join(
+                f'<a href="{escape(url)}"{" download" if label.startswith("Down") else ""}>{label}</a>'
+                for label, url in links(path, nb).items()
+            )
             facts = [run_words(run["seconds"], run["device"])] if run else []
             facts += [f"needs <code>oral4[{escape(x)}]</code>" for x in options.get("extras", "").split(",") if x]
             facts += ["a GPU helps" if options.get("gpu") == "helps" else "no GPU needed"]
-            cells.append(_markdown(f':::{{container}} oral4-card\n{substitute(match["body"])}\n\n<p class="oral4-badges">{rows}</p>\n'
-                                   f'<p class="oral4-time">{" · ".join(facts)}</p>\n:::'))
+            cells.append(
+                _markdown(
+                    f':::{{container}} oral4-card\n{substitute(match["body"])}\n\n<p class="oral4-badges">{rows}</p>\n'
+                    f'<p class="oral4-time">{" · ".join(facts)}</p>\n:::'
+                )
+            )
         elif match := GUESS.match(text):
-            cells.append(_markdown(f":::{{admonition}} Before you run the next cell, guess\n:class: oral4-guess\n{substitute(match['body'])}\n:::"))
+            cells.append(
+                _markdown(
+                    f":::{{admonition}} Before you run the next cell, guess\n:class: oral4-guess\n{substitute(match['body'])}\n:::"
+                )
+            )
         elif match := SOLUTION.match(text):
-            cells.append(_markdown(f"::::{{admonition}} Show the solution\n:class: dropdown oral4-solution\n{substitute(match['body'])}\n::::"))
+            cells.append(
+                _markdown(
+                    f"::::{{admonition}} Show the solution\n:class: dropdown oral4-solution\n{substitute(match['body'])}\n::::"
+                )
+            )
         else:
             cells.append(cell | {"source": substitute(text)})
     if run:
-        cells.append(_markdown(f'<p class="oral4-footer">This page ran in {escape(run_words(run["seconds"], run["device"]))}, '
-                               f'{escape(run["versions"])}, scale {escape(run["scale"])}, on {escape(run["date"])}.</p>'))
+        cells.append(
+            _markdown(
+                f'<p class="oral4-footer">This page ran in {escape(run_words(run["seconds"], run["device"]))}, '
+                f"{escape(run['versions'])}, scale {escape(run['scale'])}, on {escape(run['date'])}.</p>"
+            )
+        )
     return ready | {"cells": cells}
 
 
@@ -300,7 +347,10 @@ def _in_library(path: Path, module: str, names: list[str]) -> str:
     chapter = module.split(".")[0]
     up = "../" * (len(path.relative_to(NBS).parts) - 1)
     anchors = "".join(f'<span id="def-{n}"></span>' for n in names)
-    where = ", ".join(f'<a href="{up}api/{chapter}.html#oral4.{module}.{n}"><code>{module.split(".")[-1]}.{n}</code></a>' for n in names)
+    where = ", ".join(
+        f'<a href="{up}api/{chapter}.html#oral4.{module}.{n}"><code>{module.split(".")[-1]}.{n}</code></a>'
+        for n in names
+    )
     return f'<p class="oral4-inlibrary">{anchors}In the library: {where}</p>'
 
 
@@ -397,17 +447,35 @@ def colab(nb: dict, path: Path, ref: str) -> dict:
             if "fig-cap" in found:
                 cells.append(_markdown(f"*{plain(found['fig-cap'])}*"))
             continue
-        for pattern, title in ((CARD, ""), (GUESS, "**Before you run the next cell, guess.** "), (SOLUTION, "**Solution.** ")):
+        for pattern, title in (
+            (CARD, ""),
+            (GUESS, "**Before you run the next cell, guess.** "),
+            (SOLUTION, "**Solution.** "),
+        ):
             if match := pattern.match(text):
                 text = title + match["body"]
         cells.append(new | {"source": _absolute(plain(text), path)})
         if len(cells) == 1:
-            cells.append(_markdown(f"This notebook is a page of [{address()['repo']}]({site}); figures there need no kernel."))
-            cells.append({"cell_type": "code", "id": "install", "metadata": {}, "source": install_cell(nb, ref), "outputs": [], "execution_count": None})
+            cells.append(
+                _markdown(f"This notebook is a page of [{address()['repo']}]({site}); figures there need no kernel.")
+            )
+            cells.append(
+                {
+                    "cell_type": "code",
+                    "id": "install",
+                    "metadata": {},
+                    "source": install_cell(nb, ref),
+                    "outputs": [],
+                    "execution_count": None,
+                }
+            )
     return {
         "cells": cells,
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-                     "language_info": {"name": "python"}, "colab": {"provenance": []}},
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+            "colab": {"provenance": []},
+        },
         "nbformat": 4,
         "nbformat_minor": 5,
     }

@@ -74,16 +74,25 @@ class Times(SphinxDirective):
         rows = []
         for path in notebook.notebooks():
             if run := execution(path):
-                title = next(c["source"] for c in notebook.load(path)["cells"] if c["source"].startswith("# ")).splitlines()[0][2:]
+                title = next(
+                    c["source"] for c in notebook.load(path)["cells"] if c["source"].startswith("# ")
+                ).splitlines()[0][2:]
                 docname = path.relative_to(ROOT).with_suffix("").as_posix()
                 url = self.env.app.builder.get_relative_uri(self.env.docname, docname)
-                rows.append((run["seconds"], f'<tr><th scope="row"><a href="{url}">{html.escape(title)}</a></th><td class="oral4-number">{run["seconds"]:.0f}</td>'
-                             f"<td>{html.escape(run['device'])}</td><td>{html.escape(run['scale'])}</td><td>{html.escape(run['versions'])}</td><td>{html.escape(run['date'])}</td></tr>"))
+                rows.append(
+                    (
+                        run["seconds"],
+                        f'<tr><th scope="row"><a href="{url}">{html.escape(title)}</a></th><td class="oral4-number">{run["seconds"]:.0f}</td>'
+                        f"<td>{html.escape(run['device'])}</td><td>{html.escape(run['scale'])}</td><td>{html.escape(run['versions'])}</td><td>{html.escape(run['date'])}</td></tr>",
+                    )
+                )
         total = sum(seconds for seconds, _ in rows)
         body = "".join(row for _, row in rows)
-        table = ('<div class="oral4-scroll" tabindex="0"><table class="oral4-times"><caption>How long each page took when this site was built</caption>'
-                 '<thead><tr><th scope="col">Page</th><th scope="col">Seconds</th><th scope="col">On</th><th scope="col">Scale</th><th scope="col">Versions</th><th scope="col">Date</th></tr></thead>'
-                 f'<tbody>{body}</tbody><tfoot><tr><th scope="row">All pages</th><td class="oral4-number">{total:.0f}</td><td colspan="4"></td></tr></tfoot></table></div>')
+        table = (
+            '<div class="oral4-scroll" tabindex="0"><table class="oral4-times"><caption>How long each page took when this site was built</caption>'
+            '<thead><tr><th scope="col">Page</th><th scope="col">Seconds</th><th scope="col">On</th><th scope="col">Scale</th><th scope="col">Versions</th><th scope="col">Date</th></tr></thead>'
+            f'<tbody>{body}</tbody><tfoot><tr><th scope="row">All pages</th><td class="oral4-number">{total:.0f}</td><td colspan="4"></td></tr></tfoot></table></div>'
+        )
         return [nodes.raw("", table, format="html")]
 
 
@@ -99,7 +108,13 @@ def _defined_in(app, what, name, obj, options, lines):
     if head:
         source = (file.parent / head[1]).resolve()
         place = source.relative_to(NBS).with_suffix(".html").as_posix()
-        lines += ["", f".. container:: oral4-defined", "", f"   `Derived in {source.stem} <../{place}#def-{name.rsplit('.', 1)[-1]}>`__", ""]
+        lines += [
+            "",
+            ".. container:: oral4-defined",
+            "",
+            f"   `Derived in {source.stem} <../{place}#def-{name.rsplit('.', 1)[-1]}>`__",
+            "",
+        ]
 
 
 # ---------------------------------------------------------------------------------------- settings that derive from one place
@@ -118,7 +133,9 @@ def _config(app, config):
         "body": f'<h1>Page not found</h1><p>There is no page at this address. <a href="{a["site_path"]}nbs/index.html">The first page</a> lists all that there is.</p>',
     }
     config.version = config.release = a["version"]
-    built = f"Release {a['version']}" + (f', commit <a href="{a["repo_url"]}/commit/{commit()}">{commit()}</a>' if commit() else "")
+    built = f"Release {a['version']}" + (
+        f', commit <a href="{a["repo_url"]}/commit/{commit()}">{commit()}</a>' if commit() else ""
+    )
     config.html_theme_options["extra_footer"] = f'<p class="oral4-built">{built}. Code under Apache-2.0.</p>'
     vendor = ROOT / "_build/vendor"
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
@@ -135,8 +152,10 @@ def _page(app, pagename, templatename, context, doctree):
     """Drop thebe (live code from a CDN, which no page uses) and mark the page with its chapter's accent."""
     if "script_files" in context:
         context["script_files"][:] = [
-            s for s in context["script_files"]
-            if "thebe" not in str(getattr(s, "filename", s) or "") and "THEBE" not in str(getattr(s, "attributes", {}).get("body", ""))
+            s
+            for s in context["script_files"]
+            if "thebe" not in str(getattr(s, "filename", s) or "")
+            and "THEBE" not in str(getattr(s, "attributes", {}).get("body", ""))
         ]
     chapter = next((c for c in CHAPTERS if f"nbs/{c}/" in pagename + "/" or pagename == f"nbs/api/{c}"), "none")
     if "body" in context:
@@ -162,14 +181,23 @@ def _finished(app, error):
         nb = notebook.load(path)
         target = out / "colab" / path.relative_to(NBS)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(notebook.colab(nb, path, ref), indent=1, ensure_ascii=False) + "\n", encoding="utf8")
-    for docname in app.env.toctree_includes_flat if hasattr(app.env, "toctree_includes_flat") else _reading_order(app.env):
+        target.write_text(
+            json.dumps(notebook.colab(nb, path, ref), indent=1, ensure_ascii=False) + "\n", encoding="utf8"
+        )
+    for docname in (
+        app.env.toctree_includes_flat if hasattr(app.env, "toctree_includes_flat") else _reading_order(app.env)
+    ):
         title = app.env.titles[docname].astext()
         text = _subtitle(Path(app.env.doc2path(docname)))
         listing.append(f"- [{title}]({address()['site_url']}{docname}.html)" + (f": {text}" if text else ""))
     about = notebook.configparser.ConfigParser()
     about.read(ROOT / "settings.ini", encoding="utf8")
-    (out / "llms.txt").write_text(f"# {app.config.project}\n\n> {about['DEFAULT']['description']}\n\nSource: {address()['repo_url']}\n\n## Pages\n\n" + "\n".join(listing) + "\n", encoding="utf8")
+    (out / "llms.txt").write_text(
+        f"# {app.config.project}\n\n> {about['DEFAULT']['description']}\n\nSource: {address()['repo_url']}\n\n## Pages\n\n"
+        + "\n".join(listing)
+        + "\n",
+        encoding="utf8",
+    )
     (out / ".nojekyll").touch()
 
 
@@ -189,7 +217,11 @@ def _reading_order(env) -> list[str]:
 
 def _subtitle(path: Path) -> str:
     """One sentence that says what a page is: the `> line` under its title."""
-    text = "\n".join(c["source"] for c in notebook.load(path)["cells"][:3]) if path.suffix == ".ipynb" else path.read_text(encoding="utf8")
+    text = (
+        "\n".join(c["source"] for c in notebook.load(path)["cells"][:3])
+        if path.suffix == ".ipynb"
+        else path.read_text(encoding="utf8")
+    )
     match = re.search(r"^> (.+)$", text, re.M)
     return match[1] if match else ""
 

@@ -83,7 +83,10 @@ def main() -> int:
     for path in paths:
         if cached(cache, prepare(load(path))) is None:
             todo.append(str(path))
-    print(f"{len(paths) - len(todo)} of {len(paths)} notebooks are in the cache; executing {len(todo)}, {args.jobs} at a time", flush=True)
+    print(
+        f"{len(paths) - len(todo)} of {len(paths)} notebooks are in the cache; executing {len(todo)}, {args.jobs} at a time",
+        flush=True,
+    )
     if not todo:
         return 0
     threads = str(max(1, (os.cpu_count() or 1) // max(1, args.jobs)))

@@ -12,7 +12,11 @@ import pytest
 from notebook import address
 
 SITE = Path(__file__).parents[2] / "_build/html"
-PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if "_static" not in p.parts and "_modules" not in p.parts and p.name != "404.html")
+PAGES = sorted(
+    p.relative_to(SITE).as_posix()
+    for p in SITE.rglob("*.html")
+    if "_static" not in p.parts and "_modules" not in p.parts and p.name != "404.html"
+)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser_needed = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 pytestmark = pytest.mark.site
@@ -78,9 +82,19 @@ def visit(browser):
         page = context.new_page()
         page.troubles = []
         page.on("pageerror", lambda error: page.troubles.append(f"error: {error}"))
-        page.on("console", lambda message: page.troubles.append(f"console: {message.text}") if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: page.troubles.append(f"console: {message.text}") if message.type == "error" else None,
+        )
         page.on("requestfailed", lambda request: page.troubles.append(f"failed: {request.url}"))
-        page.on("request", lambda request: page.troubles.append(f"asks {request.url}") if urlsplit(request.url).hostname not in (None, "127.0.0.1") else None)
+        page.on(
+            "request",
+            lambda request: (
+                page.troubles.append(f"asks {request.url}")
+                if urlsplit(request.url).hostname not in (None, "127.0.0.1")
+                else None
+            ),
+        )
         page.goto(url, wait_until="load")
         return page
 
@@ -92,6 +106,10 @@ def visit(browser):
 def overflow(page) -> int:
     """Pixels by which the page is wider than the window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+TOO_WIDE = """[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    .map(e => e.tagName + '.' + e.className).slice(0, 5)"""
 
 
 def violations(page) -> list[str]:
@@ -113,9 +131,7 @@ def test_page(name, visit, server):
     dark.evaluate("document.documentElement.dataset.mode = 'dark'; document.documentElement.dataset.theme = 'dark'")
     dark.wait_for_timeout(300)
     assert dark.troubles == []
-    assert overflow(dark) <= 0, dark.evaluate(
-        "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + '.' + e.className).slice(0, 5)"
-    )
+    assert overflow(dark) <= 0, dark.evaluate(TOO_WIDE)
     assert violations(dark) == []
 
 
