@@ -33,7 +33,9 @@ def pyramid(
         if windows:
             spec = PyramidSpec(length, _whole_numbers(windows), neighbours)
         else:
-            spec = auto_pyramid(length, num_layers=layers, num_scales=4 if scales is None else scales, neighbours=neighbours)
+            spec = auto_pyramid(
+                length, num_layers=layers, num_scales=4 if scales is None else scales, neighbours=neighbours
+            )
         seen = spec.receptive_field_ok(layers)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
