@@ -114,10 +114,8 @@ class Experiment:
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, n=1)
                 fields = ", ".join(f"{name} ({_type_words(hint)})" for name, hint in hints.items())
-                raise ValueError(
-                    f"{self.name} has no setting {key!r}" + (f", did you mean {near[0]}?" if near else "")
-                    + f" Settings: {fields}"
-                )  # fmt: skip
+                guess = f", did you mean {near[0]}?" if near else "."
+                raise ValueError(f"{self.name} has no setting {key!r}{guess} It has {fields}")
             changed[key] = _from_text(value, hints[key], key) if isinstance(value, str) else value
         return dataclasses.replace(config, **changed)
 

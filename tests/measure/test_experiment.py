@@ -170,7 +170,7 @@ def test_a_setting_that_cannot_be_read(key, text, words):
 
 
 def test_an_unknown_setting_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"no setting 'step', did you mean steps\? Settings: lr \(a number\), steps"):
+    with pytest.raises(ValueError, match=r"no setting 'step', did you mean steps\? It has lr \(a number\), steps"):
         TOY.configure("mini", {"step": "3"})
 
 
