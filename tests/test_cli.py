@@ -25,6 +25,7 @@ from oral4.measure.record import read_record
 
 fetch_module = importlib.import_module("oral4.data.fetch")  # oral4.data offers a function of the same name
 
+
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
     steps: int = 2
@@ -93,7 +94,7 @@ def test_help_lists_every_command_and_imports_none_of_them():
     text, _, loaded = out.rpartition("\n[")
     for name in ("doctor", "list", "run", "fetch", "cite", "claims", "pyramid"):
         assert re.search(rf"^  {name} ", text, re.M)
-    for module in ("torch", "numpy", "pooch", "rich", "oral4.measure", "oral4.data", "oral4.pyraformer"):
+    for module in ("torch", "numpy", "pooch", "oral4.measure", "oral4.data", "oral4.pyraformer"):
         assert f"'{module}'" not in loaded
 
 
@@ -127,11 +128,9 @@ def test_as_a_module():
     assert (done.returncode, done.stdout) == (0, f"oral4 {__version__}\n")
 
 
-def test_an_unknown_command_names_a_close_one(oral4):
+def test_an_unknown_command(oral4):
     code, _, err = oral4("claim")
-    assert code == 2 and "Did you mean 'claims'?" in err
-    code, _, err = oral4("pyramids")
-    assert code == 2 and "Did you mean 'pyramid'?" in err
+    assert code == 2 and "No such command 'claim'" in err
 
 
 # ---------------------------------------------------------------------------------- commands of the chapters
@@ -362,7 +361,7 @@ def test_list_of_everything(oral4):
 
 def test_list_of_one_thing(oral4):
     code, out, _ = oral4("list", "experiments")
-    assert code == 0 and "library/startup  Time of" in out and "ETTh1" not in out
+    assert code == 0 and re.search(r"^library/startup +Time of", out, re.M) and "ETTh1" not in out
 
 
 def test_list_of_what_is_not_there(oral4):
@@ -430,6 +429,7 @@ def test_fetch_refuses(oral4, monkeypatch):
     assert oral4("fetch")[0] == 2
     code, _, err = oral4("fetch", "ett/ETTh9.csv")
     assert code == 2 and "is not registered; did you mean ett/ETTh" in err
+
     def offline(name):
         raise DataError(f"{name}: downloads are off")
 

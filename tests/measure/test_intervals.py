@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats  # comes with librosa
 
 from oral4.measure.intervals import (
     bootstrap_interval,
@@ -32,7 +33,6 @@ def test_t_quantile_is_the_printed_table(degrees, expected):
 
 @pytest.mark.parametrize("probability", [0.001, 0.2, 0.6, 0.9, 0.975, 0.995, 0.9999])
 def test_t_quantile_is_scipys(probability):
-    stats = pytest.importorskip("scipy.stats")
     for degrees in [*range(1, 40), 100, 1000, 10_001]:
         # both invert a distribution function that is good to about 1e-15; the tails magnify it
         assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-10)
@@ -54,7 +54,6 @@ def test_t_quantile_refuses(probability, degrees):
 
 
 def test_mean_interval_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
     sample = [3.1, 2.7, 3.6, 2.9]
     low, high = stats.t.interval(0.9, 3, np.mean(sample), stats.sem(sample))
     assert mean_interval(sample, 0.9) == pytest.approx((np.mean(sample), low, high), rel=1e-12)
@@ -146,7 +145,6 @@ def test_bootstrap_refuses_few_resamples():
 
 
 def test_slope_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
     x, y = [96, 192, 384, 768], [1.1, 2.0, 4.6, 8.1]
     fit = stats.linregress(np.log(x), np.log(y))
     half = stats.t.ppf(0.975, 2) * fit.stderr

@@ -215,7 +215,6 @@ def fill(megabytes: int, fail: bool = False) -> int:
     return len(block) // MEGABYTE
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell the peak memory of a process")
 class TestPeakMemory:
     def test_what_the_call_added(self):
         small, large = (peak_memory(f"{__name__}:fill", megabytes=megabytes) for megabytes in (10, 110))
