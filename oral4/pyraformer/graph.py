@@ -70,7 +70,7 @@ def _scale_sizes(length: int, windows: Sequence[int]) -> tuple[int, ...]:
         sizes.append(below // window)
     return tuple(sizes)
 
-# %% ../../nbs/pyraformer/01_graph.ipynb #02680906
+# %% ../../nbs/pyraformer/01_graph.ipynb #4e19cab8
 @dataclass(frozen=True)
 class PyramidSpec:
     """The pyramidal graph of Pyraformer: three numbers that say who may look at whom.
@@ -169,9 +169,9 @@ class PyramidSpec:
         """Return the longest shortest path between two nodes, in hops and in closed form; infinite if there is none.
 
         Exact for every pyramid. Proposition 2 of the paper gives ``2 (S-1) + ceil(2 (L_S - 1) / (A - 1))``, the
-        way from the first leaf over the top to the last leaf. The two agree unless a scale below the top is so
-        short (for its A) that the top is a detour; then this value is the smaller one. The result is an int
-        whenever it is finite; it is ``math.inf`` for ``neighbours=1`` and more than one node at the top.
+        way from the first leaf over the top to the last leaf: an upper bound, and equal to this value unless a
+        scale below the top is so short (for its A) that the top is a detour. The result is an int whenever it is
+        finite; it is ``math.inf`` for ``neighbours=1`` and more than one node at the top.
         """
         return _longest_path(self.sizes, self.half_width)
 

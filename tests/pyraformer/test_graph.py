@@ -165,7 +165,7 @@ def test_longest_path_by_search_from_every_node(spec):
         2 * (spec.num_scales - 1) + -(-2 * (spec.sizes[-1] - 1) // (spec.neighbours - 1))
         if spec.neighbours > 1
         else math.inf
-    ), "Proposition 2 bounds the way between leaves"
+    ), "Proposition 2 is an upper bound"
 
 
 @given(specs(30))
