@@ -90,7 +90,7 @@ def unpack(
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with target.open("xb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
-                except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                except (FileExistsError, NotADirectoryError) as error:
                     raise DataError(f"{archive.name}: {name} comes twice") from error
                 written.append(name)
         if not written:

@@ -69,8 +69,10 @@ def attempt(work, body, **options):
     before = sorted(work.rglob("*"))
     try:
         written = unpack(archive, work / "out/deep/folder", **{"members": ("*",), **options})
-    except DataError:
-        shutil.rmtree(work / "out", ignore_errors=False) if (work / "out").exists() else None
+    except DataError as error:
+        assert str(error).count("toy.archive: ") == 1
+        assert not (work / "out/deep/folder").exists()
+        shutil.rmtree(work / "out")
         assert sorted(work.rglob("*")) == before, "a refused archive left something behind"
         raise
     folder = work / "out/deep/folder"
@@ -136,6 +138,7 @@ HOSTILE = [
     "a\\..\\b",
     "line\nbreak",
     "a\x1b[31m",
+    "a\x7f",
 ]
 
 
@@ -188,7 +191,7 @@ def test_a_link_that_is_not_wanted_does_no_harm(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("names", [("a", "a"), ("a", "./a"), ("a", "a/b"), ("a/b", "a")], ids=str)
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "./a"), ("a", "a/b"), ("a", "a/b/c"), ("a/b", "a")], ids=str)
 @zip_and_tar
 def test_a_name_that_comes_twice(make, names, tmp_path):
     """Also a file that would have to be a folder too."""

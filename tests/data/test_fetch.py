@@ -145,12 +145,12 @@ def test_others_may_read_the_cache(server):
     assert server.get(entry(server.serve("f", send()))).stat().st_mode & 0o777 == 0o644
 
 
-def test_the_logger_of_pooch_is_as_before(server):
+def test_the_logger_of_pooch_is_as_before(server, monkeypatch):
     import pooch
 
-    before = pooch.get_logger().level
+    monkeypatch.setattr(pooch.get_logger(), "level", 17)
     server.get(entry(server.serve("f", send())))
-    assert pooch.get_logger().level == before
+    assert pooch.get_logger().level == 17
 
 
 def test_own_folder_comes_first_then_cache(server, cache, own):
@@ -165,6 +165,23 @@ def test_own_folder_comes_first_then_cache(server, cache, own):
 def test_a_server_that_compresses_unasked_is_understood(server):
     packed = gzip.compress(BODY)
     assert server.get(entry(server.serve("f", send(packed, Content_Encoding="gzip")))).read_bytes() == BODY
+
+
+def test_the_plain_file_is_asked_for(server):
+    asked = []
+
+    def answer(handler):
+        asked.append(handler.headers["Accept-Encoding"])
+        send()(handler)
+
+    server.get(entry(server.serve("f", answer)))
+    assert asked == ["identity"]
+
+
+def test_the_temporary_file_is_beside_its_final_place(server, monkeypatch):
+    """A rename between two file systems would be a copy, which can be seen half done."""
+    monkeypatch.setattr(fetching.tempfile, "tempdir", "/no/such/folder")
+    assert server.get(entry(server.serve("f", send()))).exists()
 
 
 def test_a_server_that_does_not_say_the_length_is_understood(server):
@@ -336,6 +353,16 @@ def test_a_cache_that_cannot_be_written(server, cache, monkeypatch, error):
     assert server.hits == [] and files(cache) == []
 
 
+def test_a_rename_that_is_refused(server, cache, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "denied by the test")
+
+    monkeypatch.setattr(fetching.os, "replace", refuse)
+    with pytest.raises(DataError, match=r"cannot be stored.*denied by the test"):
+        server.get(entry(server.serve("f", send())))
+    assert files(cache) == []
+
+
 def test_a_cache_that_is_a_file(server, cache):
     cache.write_text("in the way")
     with pytest.raises(DataError, match=r"cannot be stored"):
@@ -368,6 +395,16 @@ def test_a_damaged_copy_in_the_cache_is_replaced(server, cache, body):
         fetching._fetch(item, offline=True)
     assert server.get(item).read_bytes() == BODY
     assert files(cache) == ["toy/file.bin"]
+
+
+@pytest.mark.parametrize(
+    "body, fault",
+    [(BODY[:-1], "it has 255,999 bytes instead of 256,000"), (BODY[::-1], "its sha256 is [0-9a-f]{64} instead of")],
+)
+def test_the_damage_is_named(cache, body, fault):
+    put(cache, body)
+    with pytest.raises(DataError, match=fault):
+        fetching._fetch(entry("https://one.example/f"), offline=True)
 
 
 def test_a_failed_download_keeps_what_was_there(server, cache):
@@ -468,7 +505,9 @@ def test_an_archive_becomes_a_folder(server, cache, archive_entry):
 def test_a_damaged_folder_is_unpacked_anew(server, cache, archive_entry):
     folder = server.get(archive_entry)
     (folder / "recordings/a.wav").write_bytes(b"")
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(
+        DataError, match=r"damaged[\s\S]*By hand: unpack recordings/\*\.wav of it so that the folder is"
+    ):
         fetching._fetch(archive_entry, offline=True)
     server.get(archive_entry)
     assert {name: (folder / name).read_bytes() for name in files(folder)} == TREE

@@ -90,6 +90,12 @@ def test_every_limit_has_a_test():
     assert set(CAPS) | elsewhere == {field.name for field in dataclasses.fields(Limits)}
 
 
+def test_samples_of_all_channels_count():
+    check_audio(np.zeros((2, 50)), 8_000, limits=Limits(audio_samples=100))
+    with pytest.raises(DataError, match="100 samples over all channels, the limit is 99"):
+        check_audio(np.zeros((2, 50)), 8_000, limits=Limits(audio_samples=99))
+
+
 # --- audio ------------------------------------------------------------------------------------------------------
 
 
