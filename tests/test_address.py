@@ -7,6 +7,7 @@ from pathlib import Path
 from notebook import address
 
 ROOT = Path(__file__).parents[1]
+BINARY = {".png", ".webp", ".npz", ".safetensors"}
 GENERATED = {"_modidx.py"}  # written by nbdev from settings.ini
 BY_HAND = {"README.md", "CITATION.cff", "settings.ini", "CONTRIBUTING.md"}  # read where nothing can fill in a value
 
@@ -25,7 +26,11 @@ def mentions(text: str) -> set[str]:
 
 def test_only_settings_and_hand_written_pages_name_the_address():
     for path in tracked():
-        if path.name in BY_HAND | GENERATED or path.suffix in (".png", ".webp", ".npz", ".safetensors") or path == Path(__file__):
+        if (
+            path.name in BY_HAND | GENERATED
+            or path.suffix in (".png", ".webp", ".npz", ".safetensors")
+            or path == Path(__file__)
+        ):
             continue
         assert not mentions(path.read_text(encoding="utf8", errors="replace")), (
             f"{path.relative_to(ROOT)}: derive the address from settings.ini"
