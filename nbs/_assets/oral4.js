@@ -1,0 +1,59 @@
+/* What the theme leaves out, and the filter of the scoreboard. Every page is complete without this file. */
+"use strict";
+
+// After the scripts of the theme, which name some controls themselves.
+addEventListener("load", () => {
+  // The arrows of the sidebar have no name of their own.
+  for (const summary of document.querySelectorAll(".bd-sidebar-primary summary")) {
+    const page = summary.closest("li")?.querySelector("a")?.textContent.trim();
+    summary.setAttribute("aria-label", `Pages below ${page}`);
+  }
+  // A fold is named by the words in it ("Show how this figure is drawn"), and the search button by what it shows.
+  for (const summary of document.querySelectorAll("details.hide > summary[aria-label]")) summary.removeAttribute("aria-label");
+  for (const button of document.querySelectorAll("button.search-button-field[aria-label]")) button.removeAttribute("aria-label");
+
+  // Filter of the scoreboard by paper and verdict. A link from the picture to a row that is hidden shows all rows again.
+  const board = document.querySelector("table.oral4-claims");
+  if (board && document.querySelector(".oral4-glance")) {
+    const rows = [...board.querySelectorAll("tbody tr")];
+    const box = document.createElement("form");
+    box.className = "oral4-filter";
+    box.setAttribute("role", "search");
+    box.setAttribute("aria-label", "Filter the claims");
+    const told = document.createElement("output");
+    const choices = { chapter: ["Paper", "All papers"], verdict: ["Verdict", "All verdicts"] };
+    const selects = Object.entries(choices).map(([key, [label, all]]) => {
+      const select = document.createElement("select");
+      select.add(new Option(all, ""));
+      for (const value of new Set(rows.map(row => row.dataset[key]))) {
+        const name = document.querySelector(`.oral4-glance [data-chapter="${value}"] span`)?.textContent;
+        select.add(new Option(name || value.replaceAll("-", " "), value));
+      }
+      const field = document.createElement("label");
+      field.append(label, " ", select);
+      box.append(field);
+      select.dataset.key = key;
+      return select;
+    });
+    const show = () => {
+      for (const row of rows) row.hidden = selects.some(s => s.value && row.dataset[s.dataset.key] !== s.value);
+      const left = rows.filter(row => !row.hidden).length;
+      told.textContent = left === rows.length ? `${left} claims` : `${left} of ${rows.length} claims`;
+    };
+    const showTarget = () => {
+      const row = location.hash && document.getElementById(location.hash.slice(1));
+      if (row?.hidden) {
+        for (const select of selects) select.value = "";
+        show();
+        row.scrollIntoView();
+      }
+    };
+    box.append(told);
+    box.addEventListener("input", show);
+    box.addEventListener("submit", event => event.preventDefault());
+    addEventListener("hashchange", showTarget);
+    board.parentElement.before(box);
+    show();
+    showTarget();
+  }
+});
