@@ -205,6 +205,7 @@ def test_players_hold_sound_and_take_turns(visit):
     page.evaluate("document.querySelectorAll('audio')[0].play()")
     page.evaluate("document.querySelectorAll('audio')[2].play()")
     page.wait_for_function("document.querySelectorAll('audio')[0].paused")
+    assert not page.evaluate("document.querySelectorAll('audio')[0].ended")  # stopped, not run out
     assert page.evaluate(playing)[:2] == [False, False]
     heights = page.evaluate("[...document.querySelectorAll('.oral4-player')].map(p => p.offsetHeight)")
     assert len(set(heights)) == 1
