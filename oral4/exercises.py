@@ -220,8 +220,8 @@ def _difference(answer: Any, reference: Any, where: str, tolerance: Tolerance) -
         if not isinstance(answer, Set):
             return unlike
         # How many are missing, not which: that would be the solution.
-        missing = len(reference - answer)
-        parts = [f"{missing} missing" if missing else "", _listed("unexpected", answer - reference)]
+        lacking = len(reference - answer)
+        parts = (f"{lacking} missing" if lacking else "", _listed("unexpected", answer - reference))
         return "; ".join(part for part in parts if part)
     if isinstance(reference, Sequence):
         if isinstance(answer, (str, bytes)) or not isinstance(answer, Sequence):
