@@ -267,7 +267,8 @@ def check_text(text: str, *, num_tokens: int | None = None, limits: Limits = DEF
     return len(text)
 
 
-_ATOM = re.compile(r"\[\d*(?P<hydrogen>HH?[+-]?\d*(?::\d+)?\])|\[[^\]]*\]|Br|Cl|[BCNOPSFIbcnops*]")
+# Outside brackets Cl and Br count by their first letter.
+_ATOM = re.compile(r"\[\d*(?P<hydrogen>HH?[+-]?\d*(?::\d+)?\])|\[[^\]]*\]|[BCNOPSFIbcnops*]")
 
 
 def check_smiles(smiles: str, *, limits: Limits = DEFAULT) -> int:
