@@ -23,6 +23,7 @@ import notebook
 from notebook import CACHE, NBS, ROOT, address
 from run_notebooks import cached
 
+FONT_PRELOAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 CHAPTERS = ("diffusion", "diffvc", "geodiff", "pyraformer", "flan", "dp", "milan")
 
 
@@ -125,7 +126,6 @@ def _config(app, config):
     a = address()
     config.html_baseurl = a["site_url"]
     config.html_theme_options |= {"repository_url": a["repo_url"], "repository_branch": a["branch"], "path_to_docs": ""}
-    config.html_context = {**config.html_context, "oral4_commit": commit()}
     config.ogp_site_url = a["site_url"]
     config.notfound_urls_prefix = a["site_path"]
     config.notfound_context = {
@@ -150,6 +150,7 @@ def _config(app, config):
 
 def _page(app, pagename, templatename, context, doctree):
     """Drop thebe (live code from a CDN, which no page uses) and mark the page with its chapter's accent."""
+    context["default_mode"] = "auto"  # the reader's system decides; left empty, the theme complains on the console
     if "script_files" in context:
         context["script_files"][:] = [
             s
@@ -177,6 +178,10 @@ def _finished(app, error):
     if error or app.builder.name != "html":
         return
     out, ref, listing = Path(app.outdir), install_ref(), []
+    for file in out.rglob("*.html"):  # the theme fetches its fonts ahead across origins, which browsers refuse from disk
+        text = file.read_text(encoding="utf8")
+        if FONT_PRELOAD.search(text):
+            file.write_text(FONT_PRELOAD.sub("", text), encoding="utf8")
     for path in notebook.notebooks():
         nb = notebook.load(path)
         target = out / "colab" / path.relative_to(NBS)
