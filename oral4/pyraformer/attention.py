@@ -22,7 +22,7 @@ from .graph import PyramidSpec, dense_mask, edges, neighbour_table
 __all__ = ['attention_reference', 'attention_gather', 'attention_shift', 'flex_block_mask', 'pyramidal_attention',
            'attention_weights', 'PyramidalAttention']
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #04d9414b
+# %% ../../nbs/pyraformer/02_attention.ipynb #5c99c6f7
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -55,7 +55,7 @@ def attention_reference(
     Raises
     ------
     ValueError
-        If a row of the mask is empty: its softmax has no value.
+        If the mask is not of that form, or a row of it is empty: its softmax has no value.
 
     Examples
     --------
@@ -63,6 +63,8 @@ def attention_reference(
     >>> attention_reference(x, x, x, torch.eye(3, dtype=torch.bool)).squeeze(1).tolist()
     [1.0, 2.0, 4.0]
     """
+    if mask.shape != (q.shape[-2],) * 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; give torch.bool, n x n with n = {q.shape[-2]} nodes")
     empty = (~mask.any(dim=-1)).nonzero().flatten()
     if len(empty):
         raise ValueError(f"row {int(empty[0])} of the mask has no True, so its softmax has no value; let it see itself")
@@ -71,7 +73,7 @@ def attention_reference(
     weights = F.dropout(scores.masked_fill(~mask, -math.inf).softmax(dim=-1), dropout_p)
     return (weights @ v.to(wide)).to(v.dtype)
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #6f91628b
+# %% ../../nbs/pyraformer/02_attention.ipynb #e3b1f062
 def _table_weights(q: Tensor, k: Tensor, table: Tensor, scale: float | None) -> Tensor:
     """Return the attention weights of every node, one for each place of its row of the table: (..., n, K)."""
     keys = k[..., table.clamp(min=0), :]  # (..., n, K, d_k): every key is copied once for each query that looks at it
@@ -97,16 +99,24 @@ def attention_gather(
     -------
     Tensor, shape (..., n, d_v)
         In the type of ``v``; float16 and bfloat16 are computed in float32.
+
+    Raises
+    ------
+    ValueError
+        If the table has not one row a node, or a row of it is empty.
     """
+    if table.dim() != 2 or len(table) != q.shape[-2]:
+        raise ValueError(f"table has shape {tuple(table.shape)}; give one row for each of the {q.shape[-2]} nodes")
+    empty = (table < 0).all(dim=-1).nonzero().flatten()
+    if len(empty):
+        raise ValueError(f"row {int(empty[0])} of the table is empty, so its softmax has no value; let it see itself")
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = F.dropout(_table_weights(q.to(wide), k.to(wide), table, scale), dropout_p)
     values = v.to(wide)[..., table.clamp(min=0), :]  # (..., n, K, d_v)
     return torch.einsum("...nk,...nkd->...nd", weights, values).to(v.dtype)
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #bdd9a19c
-_TILE = 2**19
-
-"""Numbers that a product of two slices may have on a CPU: the slices should stay in its cache."""
+# %% ../../nbs/pyraformer/02_attention.ipynb #e1f814ef
+_TILE = 2**19  # numbers in a product of two slices on a CPU; the slices should stay in its cache
 
 
 def _tile_rows(x: Tensor) -> int:
@@ -123,7 +133,7 @@ def _shifts(spec: PyramidSpec, rows: int) -> Iterator[tuple[int, int, int, int]]
             if low < high:
                 yield half + offset, offset, low, high
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #fcf455a1
+# %% ../../nbs/pyraformer/02_attention.ipynb #515b22d2
 def _families(spec: PyramidSpec, rows: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield (first child, first parent, number of parents, children of each), about ``rows`` children at a time."""
     for window, child, parent, size, above in zip(
@@ -146,7 +156,7 @@ def _parents(x: Tensor, family: tuple[int, int, int, int]) -> Tensor:
     """Return a view of the parents that broadcasts over their children, (..., parents, 1, d)."""
     return x.narrow(-2, family[1], family[2]).unsqueeze(-2)
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #e1ffcd69
+# %% ../../nbs/pyraformer/02_attention.ipynb #05220461
 def _edge_products(x: Tensor, y: Tensor, spec: PyramidSpec, absent: float) -> Tensor:
     """Return x_i . y_j for every edge (i, j) as a table, (A + 2, ..., n, 1); ``absent`` where there is no edge."""
     rows, half = _tile_rows(x), spec.half_width
@@ -165,7 +175,7 @@ def _edge_products(x: Tensor, y: Tensor, spec: PyramidSpec, absent: float) -> Te
         torch.sum(_parents(x, family) * _children(y, family), -1, keepdim=True, out=_children(down, family))
     return table
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #a954809a
+# %% ../../nbs/pyraformer/02_attention.ipynb #95b1422a
 def _edge_total(table: Tensor, spec: PyramidSpec) -> Tensor:
     """Return the sum of the entries of every query, (..., n, 1)."""
     total, down = table[:-1].sum(0), table[-1]
@@ -200,7 +210,7 @@ def _edge_softmax_(table: Tensor, spec: PyramidSpec) -> Tensor:
         weights.div_(total)
     return table
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #1c8fa821
+# %% ../../nbs/pyraformer/02_attention.ipynb #d9638818
 def _edge_combine(table: Tensor, y: Tensor, spec: PyramidSpec, *, transposed: bool = False) -> Tensor:
     """Return sum_j table_ij y_j for every node i, or sum_j table_ji y_j if transposed; (..., n, d)."""
     rows, half = _tile_rows(y), spec.half_width
@@ -222,7 +232,7 @@ def _edge_combine(table: Tensor, y: Tensor, spec: PyramidSpec, *, transposed: bo
         _parents(out, family).add_((_children(down, family) * _children(y, family)).sum(-2, keepdim=True))
     return out
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #cd168217
+# %% ../../nbs/pyraformer/02_attention.ipynb #991fc685
 class _Shift(torch.autograd.Function):
     """Attention over the edges, with a backward pass of the same three steps."""
 
@@ -263,6 +273,41 @@ class _Shift(torch.autograd.Function):
                 grad_k = _edge_combine(slope, q.to(wide), spec, transposed=True).to(k.dtype)
         return grad_q, grad_k, grad_v, None, None, None
 
+# %% ../../nbs/pyraformer/02_attention.ipynb #85e81799
+def _check(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float | None, dropout_p: float) -> None:
+    """Raise TypeError or ValueError unless the arguments fit together."""
+    if not isinstance(spec, PyramidSpec):
+        raise TypeError(f"spec must be a PyramidSpec, got {type(spec).__name__}")
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name} has the type {x.dtype}; allowed are float16, bfloat16, float32 and float64")
+        if x.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; its last two axes must be nodes and width")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v have the types {q.dtype}, {k.dtype}, {v.dtype}; convert them to one")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; move them to one device")
+    if q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            f"q, k, v have the shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; q and k must agree, "
+            "and v may differ from them in its last axis only"
+        )
+    nodes, width = q.shape[-2:]
+    if nodes != spec.num_nodes:
+        finest = "; yours are those of the finest scale alone" if nodes == spec.length else ""
+        raise ValueError(
+            f"q has {nodes:,} nodes on its last axis but one, but the pyramid has {spec.num_nodes:,} "
+            f"({' + '.join(map(str, spec.sizes))}): give the nodes of all scales, the finest first{finest}"
+        )
+    if width == 0:
+        raise ValueError("q and k have width 0, so there is nothing to compare; d_k must be at least 1")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}; leave it out for 1 / sqrt(d_k)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
 
 def attention_shift(
     q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, *, scale: float | None = None, dropout_p: float = 0.0
@@ -285,14 +330,20 @@ def attention_shift(
     Tensor, shape (..., num_nodes, d_v)
         In the type of ``v``; float16 and bfloat16 are computed in float32.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `pyramidal_attention`.
+
     Guarantees
     ----------
-    Equal to `attention_reference` with `oral4.pyraformer.graph.dense_mask`, gradients too, to 1e-12 in float64.
-    Differentiable once: a second derivative raises RuntimeError.
+    Equal to `attention_reference` with `oral4.pyraformer.graph.dense_mask`, gradients too, to 1e-12 in float64, for
+    finite values. Differentiable once: a second derivative raises RuntimeError.
     """
+    _check(q, k, v, spec, scale, dropout_p)
     return _Shift.apply(q, k, v, spec, _scale(q, scale), dropout_p)
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #9b6bd042
+# %% ../../nbs/pyraformer/02_attention.ipynb #5b07faaa
 def flex_block_mask(spec: PyramidSpec, *, block_size: int = 128, device: torch.device | str = "cpu") -> BlockMask:
     """Return the mask of a pyramid for PyTorch's FlexAttention, built from the edges in O(num_edges).
 
@@ -342,7 +393,7 @@ def flex_block_mask(spec: PyramidSpec, *, block_size: int = 128, device: torch.d
         mask_mod=looks_at,
     )
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #9d540caa
+# %% ../../nbs/pyraformer/02_attention.ipynb #ee5dd488
 @lru_cache(maxsize=2)
 def _compiled_flex(spec: PyramidSpec, device: torch.device) -> tuple[Any, BlockMask]:
     with torch.inference_mode(False):  # kept for later calls, which may need gradients
@@ -376,7 +427,7 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float, dr
 
 
 def _shift(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float, dropout_p: float) -> Tensor:
-    return attention_shift(q, k, v, spec, scale=scale, dropout_p=dropout_p)
+    return _Shift.apply(q, k, v, spec, scale, dropout_p)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float, dropout_p: float) -> Tensor:
@@ -401,41 +452,7 @@ def _fastest(q: Tensor) -> str:
         return "sdpa" if batch * heads * nodes**2 <= 200_000 else "shift"
     return "sdpa" if nodes <= 1024 else "shift"  # a choice by counting launches, not by measurement
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #1b7b91e4
-def _check(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float | None, dropout_p: float) -> None:
-    """Raise TypeError or ValueError unless the arguments fit together."""
-    if not isinstance(spec, PyramidSpec):
-        raise TypeError(f"spec must be a PyramidSpec, got {type(spec).__name__}")
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TypeError(f"{name} has the type {x.dtype}; allowed are float16, bfloat16, float32 and float64")
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; give it as (batch, heads, nodes, width)")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v have the types {q.dtype}, {k.dtype}, {v.dtype}; convert them to one")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; move them to one device")
-    if q.shape != k.shape or v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            f"q, k, v have the shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; q and k must agree, "
-            "and v may differ from them in its last axis only"
-        )
-    if q.shape[2] != spec.num_nodes:
-        finest = "; yours are those of the finest scale alone" if q.shape[2] == spec.length else ""
-        raise ValueError(
-            f"q has {q.shape[2]:,} nodes on axis 2, but the pyramid has {spec.num_nodes:,} "
-            f"({' + '.join(map(str, spec.sizes))}): give the nodes of all scales, the finest first{finest}"
-        )
-    if q.shape[3] == 0:
-        raise ValueError("q and k have width 0, so there is nothing to compare; d_k must be at least 1")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}; leave it out for 1 / sqrt(d_k)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-
-# %% ../../nbs/pyraformer/02_attention.ipynb #0f9bc9c6
+# %% ../../nbs/pyraformer/02_attention.ipynb #79cc4918
 def pyramidal_attention(
     q: Tensor,
     k: Tensor,
@@ -495,13 +512,15 @@ def pyramidal_attention(
     torch.Size([1, 2, 14, 4])
     """
     _check(q, k, v, spec, scale, dropout_p)
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; give it as (batch, heads, nodes, width)")
     chosen = _fastest(q) if backend == "auto" else backend
     if chosen not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(_BACKENDS)}")
     with torch.autocast(q.device.type, enabled=False):
         return _BACKENDS[chosen](q, k, v, spec, _scale(q, scale), dropout_p)
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #13da2771
+# %% ../../nbs/pyraformer/02_attention.ipynb #f70915e0
 def attention_weights(q: Tensor, k: Tensor, spec: PyramidSpec, *, scale: float | None = None) -> Tensor:
     """Return the attention weights of every node over its neighbours, for looking at them.
 
@@ -526,7 +545,7 @@ def attention_weights(q: Tensor, k: Tensor, spec: PyramidSpec, *, scale: float |
     wide = torch.promote_types(q.dtype, torch.float32)
     return _table_weights(q.to(wide), k.to(wide), neighbour_table(spec).to(q.device), scale).to(q.dtype)
 
-# %% ../../nbs/pyraformer/02_attention.ipynb #92129922
+# %% ../../nbs/pyraformer/02_attention.ipynb #fa479a59
 class PyramidalAttention(nn.Module):
     """Multi-head attention over a pyramid with residual connection and layer normalisation.
 
@@ -537,7 +556,7 @@ class PyramidalAttention(nn.Module):
     ----------
     d_model : int, >= 1
         Width of a node, D.
-    num_heads : int, >= 1
+    num_heads : int, 1 <= num_heads <= d_model
         Number of heads, H.
     d_k, d_v : int, >= 1, optional
         Width of a key and of a value in each head; ``d_model // num_heads`` if left out. ``num_heads * d_k`` need
@@ -574,6 +593,8 @@ class PyramidalAttention(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
+        if not 0 < num_heads <= d_model or not 0 <= dropout < 1:
+            raise ValueError(f"{num_heads=} for {d_model=}, {dropout=}; allowed are 1 to d_model heads, dropout in [0, 1)")
         d_k, d_v = (d_model // num_heads if width is None else width for width in (d_k, d_v))
         self.num_heads, self.dropout_p, self.backend = num_heads, dropout, backend
         self.query = nn.Linear(d_model, num_heads * d_k, bias=False)

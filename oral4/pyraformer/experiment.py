@@ -312,7 +312,7 @@ def run_cost(config: CostConfig, seed: int) -> dict[str, float | list[float]]:
         **curves,
     }
 
-# %% ../../nbs/pyraformer/08_experiment.ipynb #c69052cd
+# %% ../../nbs/pyraformer/08_experiment.ipynb #14c6ee6a
 NINE_GRAPHS = (
     (169, 3, 4, 4, 4),
     (337, 5, 4, 4, 4),
@@ -324,7 +324,6 @@ NINE_GRAPHS = (
     (4096, 3, 4, 4, 4),
     (4096, 3, 16, 16, 16),
 )
-
 """Length, neighbours and windows: those of the official scripts, and three that are long for their windows."""
 
 

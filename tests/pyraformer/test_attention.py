@@ -563,11 +563,12 @@ GOOD = zeros(1, 1, 14, 4)
         ((GOOD.numpy(), GOOD, GOOD, SPEC), {}, TypeError, "q must be a tensor, got ndarray"),
         ((GOOD, GOOD.long(), GOOD, SPEC), {}, TypeError, "k has the type torch.int64; allowed are float16"),
         ((GOOD, GOOD, GOOD.double(), SPEC), {}, TypeError, "torch.float32, torch.float64; convert them to one"),
-        ((GOOD[0], GOOD, GOOD, SPEC), {}, ValueError, "q has shape (1, 14, 4); give it as (batch, heads, nodes"),
+        ((GOOD[0],) * 3 + (SPEC,), {}, ValueError, "q has shape (1, 14, 4); give it as (batch, heads, nodes"),
         ((GOOD, GOOD, GOOD.to("meta"), SPEC), {}, ValueError, "cpu, cpu, meta; move them to one device"),
         ((GOOD, GOOD[..., :3], GOOD, SPEC), {}, ValueError, "q and k must agree"),
         ((GOOD, GOOD, zeros(1, 2, 14, 4), SPEC), {}, ValueError, "v may differ from them in its last axis only"),
-        ((GOOD[:, :, :13],) * 3 + (SPEC,), {}, ValueError, "13 nodes on axis 2, but the pyramid has 14 (8 + 4 + 2)"),
+        ((GOOD[0, 0, 0],) * 3 + (SPEC,), {}, ValueError, "q has shape (4,); its last two axes must be nodes and width"),
+        ((GOOD[:, :, :13],) * 3 + (SPEC,), {}, ValueError, "has 13 nodes on its last axis but one, but the pyramid has 14"),
         ((GOOD[:, :, :8],) * 3 + (SPEC,), {}, ValueError, "yours are those of the finest scale alone"),
         ((GOOD[..., :0], GOOD[..., :0], GOOD, SPEC), {}, ValueError, "d_k must be at least 1"),
         ((GOOD, GOOD, GOOD, SPEC), {"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
@@ -581,16 +582,30 @@ def test_wrong_arguments_are_named(arguments, options, error, words):
         pyramidal_attention(*arguments, **options)
 
 
-def test_weights_check_their_arguments_too():
-    with pytest.raises(ValueError, match="has 14"):
-        attention_weights(GOOD[:, :, :13], GOOD[:, :, :13], SPEC)
+def test_every_entrance_checks_its_arguments():
+    for words, attend in (
+        ("has 14", lambda: attention_weights(GOOD[:, :, :13], GOOD[:, :, :13], SPEC)),
+        ("has 14", lambda: attention_shift(GOOD[:, :, :13], GOOD[:, :, :13], GOOD[:, :, :13], SPEC)),
+        ("has 13 nodes", lambda: attention_shift(*(GOOD[0, 0, :13],) * 3, SPEC)),
+        (r"one row for each of the 14 nodes", lambda: attention_gather(GOOD, GOOD, GOOD, neighbour_table(SPEC)[:13])),
+        (r"mask is torch.bool \(8, 8\)", lambda: attention_reference(GOOD, GOOD, GOOD, dense_mask(PyramidSpec(8, ())))),
+        (r"mask is torch.float32", lambda: attention_reference(GOOD, GOOD, GOOD, dense_mask(SPEC).float())),
+        ("num_heads=5 for d_model=4", lambda: PyramidalAttention(4, 5)),
+        ("dropout=1", lambda: PyramidalAttention(4, 1, dropout=1)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend()
 
 
-def test_an_empty_row_of_the_mask_is_refused():
+def test_an_empty_row_is_refused():
     mask = torch.eye(14, dtype=torch.bool)
     mask[5, 5] = False
     with pytest.raises(ValueError, match="row 5 of the mask has no True"):
         attention_reference(GOOD, GOOD, GOOD, mask)
+    table = neighbour_table(SPEC)
+    table[3] = -1
+    with pytest.raises(ValueError, match="row 3 of the table is empty"):
+        attention_gather(GOOD, GOOD, GOOD, table)
 
 
 def test_a_value_of_width_zero_is_fine():
