@@ -1,16 +1,14 @@
 /* What the theme leaves out, and the filter of the scoreboard. Every page is complete without this file. */
 "use strict";
 
-// After the scripts of the theme, which name some controls themselves.
-addEventListener("load", () => {
+addEventListener("DOMContentLoaded", () => {
   // The arrows of the sidebar have no name of their own.
   for (const summary of document.querySelectorAll(".bd-sidebar-primary summary")) {
     const page = summary.closest("li")?.querySelector("a")?.textContent.trim();
     summary.setAttribute("aria-label", `Pages below ${page}`);
   }
-  // A fold is named by the words in it ("Show how this figure is drawn"), and the search button by what it shows.
-  for (const summary of document.querySelectorAll("details.hide > summary[aria-label]")) summary.removeAttribute("aria-label");
-  for (const button of document.querySelectorAll("button.search-button-field[aria-label]")) button.removeAttribute("aria-label");
+  // docutils gives an entry of the bibliography a role that ARIA has given up.
+  for (const entry of document.querySelectorAll(".citation-list > [role=doc-biblioentry]")) entry.setAttribute("role", "listitem");
 
   // Filter of the scoreboard by paper and verdict. A link from the picture to a row that is hidden shows all rows again.
   const board = document.querySelector("table.oral4-claims");
@@ -56,4 +54,11 @@ addEventListener("load", () => {
     show();
     showTarget();
   }
+});
+
+// After the scripts of the theme, which name some controls themselves.
+addEventListener("load", () => {
+  // A fold is named by the words in it ("Show how this figure is drawn"), and the search button by what it shows.
+  for (const summary of document.querySelectorAll("details.hide > summary[aria-label]")) summary.removeAttribute("aria-label");
+  for (const button of document.querySelectorAll("button.search-button-field[aria-label]")) button.removeAttribute("aria-label");
 });
