@@ -152,6 +152,15 @@ def test_module_has_an_owner(path):
             )
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_public_module_is_in_the_reference(path):
+    """A module with public names is documented on a page of `nbs/api`."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    if getattr(importlib.import_module(name), "__all__", None) and path.stem != "__init__":
+        pages = "".join(p.read_text(encoding="utf8") for p in (ROOT / "nbs/api").glob("*.md"))
+        assert f"automodule:: {name}\n" in pages, f"add {name} to a page of nbs/api"
+
+
 def test_every_notebook_is_in_the_book():
     toc = (ROOT / "_toc.yml").read_text(encoding="utf8")
     missing = [p.relative_to(ROOT).with_suffix("").as_posix() for p in NOTEBOOKS]

@@ -80,6 +80,11 @@ def notebooks() -> list[Path]:
     return sorted(p for p in NBS.rglob("*.ipynb") if not any(x[0] in "._" for x in p.relative_to(ROOT).parts))
 
 
+def for_colab() -> list[Path]:
+    """Notebooks that offer themselves to Colab and to download: those with a card."""
+    return [p for p in notebooks() if any(CARD.match(c["source"]) for c in load(p)["cells"])]
+
+
 def load(path: Path) -> dict:
     """Read a notebook; sources are joined to strings."""
     nb = json.loads(path.read_text(encoding="utf8"))

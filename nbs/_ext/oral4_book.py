@@ -7,7 +7,6 @@ import html
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -63,6 +62,9 @@ def _source_read(app, docname, source):
     else:
         for match in notebook.RECORD.finditer(source[0]):
             app.env.note_dependency(str(ROOT / f"oral4/records/{match['name']}.json"))
+        if "{glue}" in source[0]:  # pictures that the first page has drawn
+            for file in (NBS / "index.ipynb", *notebook.used(notebook.load(NBS / "index.ipynb"))):
+                app.env.note_dependency(str(file))
         source[0] = notebook.substitute(source[0])
 
 
@@ -95,6 +97,12 @@ class Times(SphinxDirective):
             f'<tbody>{body}</tbody><tfoot><tr><th scope="row">All pages</th><td class="oral4-number">{total:.0f}</td><td colspan="4"></td></tr></tfoot></table></div>'
         )
         return [nodes.raw("", table, format="html")]
+
+
+def _property_has_no_type(app, what, name, obj, options, lines):
+    """Keep napoleon from taking what stands before a colon in a property's first line for its type."""
+    if what in ("property", "attribute"):
+        lines.insert(0, "")
 
 
 def _defined_in(app, what, name, obj, options, lines):
@@ -178,11 +186,13 @@ def _finished(app, error):
     if error or app.builder.name != "html":
         return
     out, ref, listing = Path(app.outdir), install_ref(), []
-    for file in out.rglob("*.html"):  # the theme fetches its fonts ahead across origins, which browsers refuse from disk
+    for file in out.rglob(
+        "*.html"
+    ):  # the theme fetches its fonts ahead across origins, which browsers refuse from disk
         text = file.read_text(encoding="utf8")
         if FONT_PRELOAD.search(text):
             file.write_text(FONT_PRELOAD.sub("", text), encoding="utf8")
-    for path in notebook.notebooks():
+    for path in notebook.for_colab():
         nb = notebook.load(path)
         target = out / "colab" / path.relative_to(NBS)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -239,18 +249,24 @@ def _descriptions(app, pagename, templatename, context, doctree):
         context["meta"] = meta
 
 
+def _state() -> str:
+    """Hash of what every page depends on: the surroundings, the order of pages, and which records and claims there are."""
+    listing = sorted(
+        str(p) for p in [*(ROOT / "oral4/records").rglob("*.json"), *(ROOT / "oral4").glob("*/claims.toml")]
+    )
+    parts = [notebook.surroundings(), (ROOT / "_toc.yml").read_text(encoding="utf8"), *listing]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
 def setup(app):
     """Connect to Sphinx."""
-    state = hashlib.sha256(notebook.surroundings().encode()).hexdigest()[:8]
-    app.add_config_value("oral4_state", state, "env")
+    app.add_config_value("oral4_state", _state(), "env")
     app.add_directive("oral4-times", Times)
     app.connect("config-inited", _config, priority=100)
     app.connect("source-read", _source_read, priority=100)
+    app.connect("autodoc-process-docstring", _property_has_no_type, priority=100)
     app.connect("autodoc-process-docstring", _defined_in, priority=900)
     app.connect("html-page-context", _descriptions, priority=100)
     app.connect("html-page-context", _page, priority=900)
     app.connect("build-finished", _finished)
     return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "1"}
-
-
-os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")

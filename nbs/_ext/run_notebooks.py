@@ -92,6 +92,7 @@ def main() -> int:
     threads = str(max(1, (os.cpu_count() or 1) // max(1, args.jobs)))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, threads)
+    os.environ.pop("MPLBACKEND", None)  # a backend of the caller would keep figures out of the pages
     import torch
 
     facts = {

@@ -190,7 +190,7 @@ class TestColab:
         exec(source, {})
         assert calls[0][-1] == f"oral4[forecast] @ git+{notebook.address()['repo_url']}@v9"
 
-    @pytest.mark.parametrize("path", notebook.notebooks(), ids=lambda p: p.relative_to(notebook.NBS).as_posix())
+    @pytest.mark.parametrize("path", notebook.for_colab(), ids=lambda p: p.relative_to(notebook.NBS).as_posix())
     def test_every_notebook_has_a_clean_and_valid_copy(self, path):
         import nbformat
 
