@@ -153,7 +153,7 @@ def test_paths_run_at_smoke_scale():
         assert record[metric].values == (0, 0), metric
     assert record["path"].mean == (7, 8)
     assert record["reach"].mean == pytest.approx((1.0, 192 / 337))
-    assert record["reach_summaries"].mean == (1.0,)
+    assert record["reach_summaries"].mean == (1.0,) and record["reach_summaries_least"].mean == 1.0
 
 
 def test_a_wrong_formula_would_show(monkeypatch):
