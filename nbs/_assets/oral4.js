@@ -7,6 +7,9 @@ addEventListener("DOMContentLoaded", () => {
     const page = summary.closest("li")?.querySelector("a")?.textContent.trim();
     summary.setAttribute("aria-label", `Pages below ${page}`);
   }
+  // An output that is wider than the screen scrolls, so the keyboard must reach it.
+  for (const output of document.querySelectorAll(".cell_output pre")) if (output.scrollWidth > output.clientWidth) output.tabIndex = 0;
+
   // docutils gives an entry of the bibliography a role that ARIA has given up.
   for (const entry of document.querySelectorAll(".citation-list > [role=doc-biblioentry]")) entry.setAttribute("role", "listitem");
 
