@@ -22,7 +22,6 @@ import notebook
 from notebook import CACHE, NBS, ROOT, address
 from run_notebooks import cached
 
-FONT_PRELOAD = re.compile(r'<link rel="preload" as="font"[^>]*>\s*')
 CHAPTERS = ("diffusion", "diffvc", "geodiff", "pyraformer", "flan", "dp", "milan")
 
 
@@ -181,17 +180,28 @@ def install_ref() -> str:
     return next(iter(run.stdout.split()), full.stdout.strip() or address()["branch"])
 
 
+def _mend(text: str) -> str:
+    """Put right in a page what the theme and Sphinx write and no setting changes."""
+    # the theme fetches its fonts ahead across origins, which browsers refuse from disk
+    text = re.sub(r'<link rel="preload" as="font"[^>]*>\s*', "", text)
+
+    # a long signature is set as a list of definitions without terms, which screen readers stumble over
+    def signature(match: re.Match) -> str:
+        opened = match[0].replace("<dl>", '<span class="sig-list">').replace("<dd>", '<span class="sig-item">')
+        return opened.replace("</dl>", "</span>").replace("</dd>", "</span>")
+
+    return re.sub(r'<dt class="sig .*?</dt>', signature, text, flags=re.S)
+
+
 def _finished(app, error):
     """Write the Colab copies and llms.txt."""
     if error or app.builder.name != "html":
         return
     out, ref, listing = Path(app.outdir), install_ref(), []
-    for file in out.rglob(
-        "*.html"
-    ):  # the theme fetches its fonts ahead across origins, which browsers refuse from disk
+    for file in out.rglob("*.html"):
         text = file.read_text(encoding="utf8")
-        if FONT_PRELOAD.search(text):
-            file.write_text(FONT_PRELOAD.sub("", text), encoding="utf8")
+        if (mended := _mend(text)) != text:
+            file.write_text(mended, encoding="utf8")
     for path in notebook.for_colab():
         nb = notebook.load(path)
         target = out / "colab" / path.relative_to(NBS)
