@@ -433,6 +433,16 @@ def install_cell(nb: dict, ref: str) -> str:
     )
 
 
+def _runs_to_the_end(code: str, found: dict[str, str]) -> str:
+    """Let "run all" pass a cell that shows an error on purpose, or that needs a GPU where there is none."""
+    inner = "".join(f"    {line}\n" if line.strip() else "\n" for line in code.splitlines())
+    if found.get("error") == "true":
+        return f'try:\n{inner}except Exception as error:\n    print(f"{{type(error).__name__}}: {{error}}")'
+    if "gpu" in found:
+        return f'import torch\n\nif not torch.cuda.is_available():\n    print("This cell needs a GPU.")\nelse:\n{inner}'
+    return code
+
+
 def colab(nb: dict, path: Path, ref: str) -> dict:
     """The notebook for Colab and for download: no directive, no role, its links lead to the site."""
     cells: list[dict] = []
@@ -444,6 +454,7 @@ def colab(nb: dict, path: Path, ref: str) -> dict:
             found, code = directives(text)
             if not code.strip():
                 continue
+            code = _runs_to_the_end(code, found)
             folded = found.get("code-summary") or ("Show the solution" if "solution" in found else None)
             if folded:  # Colab folds a cell with a title into a form; JupyterLab hides its source
                 code = f"#@title {folded}\n" + code

@@ -131,6 +131,7 @@ def _defined_in(app, what, name, obj, options, lines):
 def _config(app, config):
     """Fill in what settings.ini holds, and serve MathJax from the site itself."""
     a = address()
+    config.project = a["repo"]
     config.html_baseurl = a["site_url"]
     config.html_theme_options |= {"repository_url": a["repo_url"], "repository_branch": a["branch"], "path_to_docs": ""}
     config.ogp_site_url = a["site_url"]
@@ -218,7 +219,7 @@ def _finished(app, error):
     about = notebook.configparser.ConfigParser()
     about.read(ROOT / "settings.ini", encoding="utf8")
     (out / "llms.txt").write_text(
-        f"# {app.config.project}\n\n> {about['DEFAULT']['description']}\n\nSource: {address()['repo_url']}\n\n## Pages\n\n"
+        f"# {address()['repo']}\n\n> {about['DEFAULT']['description']}\n\nSource: {address()['repo_url']}\n\n## Pages\n\n"
         + "\n".join(listing)
         + "\n",
         encoding="utf8",

@@ -172,6 +172,16 @@ class TestColab:
         forms = [c for c in copy["cells"] if c["metadata"].get("cellView") == "form"]
         assert [c["source"].splitlines()[0] for c in forms] == ["#@title Show it", "#@title Show the solution"]
 
+    def test_run_all_passes_errors_on_purpose_and_missing_gpus(self, capsys, monkeypatch):
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        nb = book(text("# T\n\n> S."), code("#| error: true\n1 / 0", "c1"), code("#| gpu\nx = 1\n\ny = 2", "c2"))
+        for cell in notebook.colab(nb, PATH, "v1")["cells"]:
+            if cell["cell_type"] == "code" and cell["id"] != "install":
+                exec(cell["source"], {})
+        assert capsys.readouterr().out == "ZeroDivisionError: division by zero\nThis cell needs a GPU.\n"
+
     def test_an_unknown_reference_is_refused(self, monkeypatch):
         monkeypatch.setattr(notebook, "bibliography", dict)
         with pytest.raises(KeyError, match=r"references\.bib"):

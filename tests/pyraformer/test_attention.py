@@ -568,7 +568,7 @@ GOOD = zeros(1, 1, 14, 4)
         ((GOOD, GOOD[..., :3], GOOD, SPEC), {}, ValueError, "q and k must agree"),
         ((GOOD, GOOD, zeros(1, 2, 14, 4), SPEC), {}, ValueError, "v may differ from them in its last axis only"),
         ((GOOD[0, 0, 0],) * 3 + (SPEC,), {}, ValueError, "q has shape (4,); its last two axes must be nodes and width"),
-        ((GOOD[:, :, :13],) * 3 + (SPEC,), {}, ValueError, "has 13 nodes on its last axis but one, but the pyramid has 14"),
+        ((GOOD[:, :, :13],) * 3 + (SPEC,), {}, ValueError, "has 13 nodes on its last axis but one, but the pyramid"),
         ((GOOD[:, :, :8],) * 3 + (SPEC,), {}, ValueError, "yours are those of the finest scale alone"),
         ((GOOD[..., :0], GOOD[..., :0], GOOD, SPEC), {}, ValueError, "d_k must be at least 1"),
         ((GOOD, GOOD, GOOD, SPEC), {"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
