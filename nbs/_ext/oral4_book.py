@@ -76,9 +76,7 @@ class Times(SphinxDirective):
         rows = []
         for path in notebook.notebooks():
             if run := execution(path):
-                title = next(
-                    c["source"] for c in notebook.load(path)["cells"] if c["source"].startswith("# ")
-                ).splitlines()[0][2:]
+                title = _title(path)
                 docname = path.relative_to(ROOT).with_suffix("").as_posix()
                 url = self.env.app.builder.get_relative_uri(self.env.docname, docname)
                 rows.append(
@@ -96,6 +94,12 @@ class Times(SphinxDirective):
             f'<tbody>{body}</tbody><tfoot><tr><th scope="row">All pages</th><td class="oral4-number">{total:.0f}</td><td colspan="4"></td></tr></tfoot></table></div>'
         )
         return [nodes.raw("", table, format="html")]
+
+
+@cache
+def _title(path: Path) -> str:
+    """Title of a notebook."""
+    return next(c["source"] for c in notebook.load(path)["cells"] if c["source"].startswith("# ")).splitlines()[0][2:]
 
 
 def _property_has_no_type(app, what, name, obj, options, lines):
@@ -120,7 +124,7 @@ def _defined_in(app, what, name, obj, options, lines):
             "",
             ".. container:: oral4-defined",
             "",
-            f"   `Derived in {source.stem} <../{place}#def-{name.rsplit('.', 1)[-1]}>`__",
+            f"   `Derived in “{_title(source)}” <../{place}#def-{name.rsplit('.', 1)[-1]}>`__",
             "",
         ]
 

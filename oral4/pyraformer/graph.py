@@ -27,7 +27,7 @@ __all__ = ['PyramidSpec', 'edges_reference', 'edges', 'dense_mask', 'neighbour_t
 # %% ../../nbs/pyraformer/01_graph.ipynb #c001ae22
 def _integer(name: str, value: object, minimum: int, why: str = "") -> int:
     """Return ``value`` as a Python int; any integer type is fine (numpy, 0-d tensor), bool and float are not."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):  # numpy's and torch's bool too
         raise TypeError(f"{name} must be an integer >= {minimum}, got the bool {value}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
