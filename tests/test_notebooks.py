@@ -126,7 +126,7 @@ def test_notebook_keeps_the_contract(path):
 def test_recorded_figures_say_where_they_come_from(path):
     """A page that draws or prints from a record shows the record's provenance line, once for each record."""
     code = "\n".join(c["source"] for c in notebook.load(path)["cells"] if c["cell_type"] == "code")
-    assert code.count("load_record(") <= code.count(".provenance()"), "end the figure with load_record(...).provenance()"
+    assert code.count("load_record(") <= code.count(".provenance()"), "end with load_record(...).provenance()"
 
 
 def modules() -> list[Path]:
