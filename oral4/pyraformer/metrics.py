@@ -17,9 +17,9 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['Values', 'mse', 'rmse', 'mae', 'nrmse', 'nd', 'mape', 'mspe', 'smape', 'mase', 'pinball', 'weighted_quantile_loss',
-           'crps_quantiles', 'crps_gaussian', 'crps_sample', 'student_t_cdf', 'crps_student_t', 'coverage',
-           'interval_width', 'interval_score', 'reliability', 'pit_histogram', 'split_conformal', 'ConformalIntervals',
-           'adaptive_conformal']
+           'crps_quantiles', 'crps_gaussian', 'crps_sample', 'student_t_log_density', 'student_t_cdf', 'crps_student_t',
+           'coverage', 'interval_width', 'interval_score', 'reliability', 'pit_histogram', 'split_conformal',
+           'ConformalIntervals', 'adaptive_conformal']
 
 # %% ../../nbs/pyraformer/04_metrics.ipynb #511a5416
 Values = Any  # numpy array, torch tensor of any type and device, or nested lists of numbers
@@ -475,6 +475,25 @@ def _log_gamma_step(x: Tensor) -> Tensor:
     return 0.5 * torch.log(far) + series / far - steps
 
 
+def student_t_log_density(z: Tensor, df: Tensor) -> Tensor:
+    """Return the log density of Student's t distribution at z, with gradients that stay finite.
+
+    Parameters
+    ----------
+    z : Tensor
+    df : Tensor, >= 1
+        Degrees of freedom, of any size: there is no difference of large numbers in it. Broadcast against ``z``.
+
+    Examples
+    --------
+    >>> student_t_log_density(torch.tensor([0.0, 1.0]), torch.tensor(1.0)).exp() * math.pi
+    tensor([1.0000, 0.5000])
+    """
+    limit = torch.finfo(z.dtype).max ** 0.49  # so that the square is finite; beyond, the gradient is 0
+    squared = z.clamp(-limit, limit).square()
+    return _log_gamma_step(df / 2) - 0.5 * (df * math.pi).log() - (df + 1) / 2 * torch.log1p(squared / df)
+
+
 def _incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """Return I_x(a, b) for 0 <= x < (a + 1) / (a + b + 2), by its continued fraction in Lentz's form."""
     tiny = 1e-300
@@ -588,7 +607,7 @@ def crps_student_t(y: Values, df: Values, loc: Values, scale: Values, *, where: 
     z = (target - centre) / spread
     log_beta = math.lgamma(0.5) - _log_gamma_step(freedom / 2)  # of B(1/2, df/2)
     log_wide = math.lgamma(0.5) - _log_gamma_step(freedom - 0.5)  # of B(1/2, df - 1/2)
-    density = torch.exp(-log_beta - (freedom + 1) / 2 * torch.log1p(z.square() / freedom)) / freedom.sqrt()
+    density = student_t_log_density(z, freedom).exp()
     score = z * (2 * student_t_cdf(z, freedom) - 1) + 2 * density * (freedom + z.square()) / (freedom - 1)
     score = score - 2 * freedom.sqrt() / (freedom - 1) * torch.exp(log_wide - 2 * log_beta)
     return float((spread * score).mean())
@@ -619,8 +638,8 @@ def coverage(y: Values, low: Values, high: Values, *, where: Values | None = Non
 
 def _ends(y: Values, low: Values, high: Values, where: Values | None) -> tuple[np.ndarray, ...]:
     lower, upper = _numbers("low", low), _numbers("high", high)
-    finite = (np.where(np.isinf(end), 0.0, end) for end in (lower, upper))  # shapes and NaN are checked on these
-    target, *_ = _together(y, where, **dict(zip(("low", "high"), finite, strict=True)))
+    finite_low, finite_high = (np.where(np.isinf(end), 0.0, end) for end in (lower, upper))
+    target, *_ = _together(y, where, low=finite_low, high=finite_high)  # checks shapes and NaN
     mask = _mask(where, lower.shape)
     lower, upper = lower[mask], upper[mask]
     crossed = np.count_nonzero(lower > upper)
