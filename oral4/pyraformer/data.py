@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.fetch import fetch
-from ..data.limits import check_table_size
+from ..data.limits import Limits, check_table_size
 from ..errors import DataError, require
 
 # %% auto #0
 __all__ = ['time_marks', 'SeriesTable', 'load_ett', 'StandardScaler', 'MeanScaler', 'WindowDataset', 'Splits',
-           'chronological_splits', 'ett_splits', 'sine_mixture', 'sine_marks', 'make_sines', 'SineSeries']
+           'chronological_splits', 'ett_splits', 'sine_mixture', 'sine_marks', 'make_sines', 'SineSeries',
+           'custom_windows', 'OneStepBatch', 'OneStepWindows', 'one_step_marks', 'load_electricity', 'load_solar',
+           'load_app_flow', 'official_windows', 'official_one_step', 'load_pjm', 'one_step_splits']
 
 # %% ../../nbs/pyraformer/04_data.ipynb #4b55e3d6
 _MARKS = {  # the fields of each time mark, coarse to fine; the frequency says where to begin
@@ -307,6 +309,75 @@ def _series_list(name: str, arrays: Any, count: int | None = None) -> list[np.nd
     return parts
 
 
+def _starts(
+    series: list[np.ndarray], length: int, stride: int, starts: Any, missing: str, name: str, need: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return for every window its series, its first row there, and its first row where all series stand one after another."""
+    if missing not in ("refuse", "skip", "keep"):
+        raise ValueError(f"{missing=}; choose refuse, skip or keep")
+    each = starts is not None and len(starts) > 0 and np.ndim(starts[0]) == 1  # a list of lists, one for each series
+    if each and len(starts) != len(series):
+        raise ValueError(f"starts has {len(starts)} lists for {len(series)} series; give one each")
+    rows = []
+    for number, part in enumerate(series):
+        what, last = name if len(series) == 1 else f"{name} {number}", len(part) - length
+        if last < 0:
+            raise ValueError(
+                f"{what} has {len(part):,} rows, but one window needs {need} = {length:,}; give more rows or shorten the window"
+            )
+        chosen = starts[number] if each else np.arange(0, last + 1, stride) if starts is None else starts
+        own = np.array(chosen, dtype=np.int64)
+        if len(own) and not 0 <= own.min() <= own.max() <= last:
+            raise ValueError(
+                f"starts run from {own.min():,} to {own.max():,}; windows of {length:,} rows in {what} of {len(part):,} rows "
+                f"start at 0 to {last:,}"
+            )
+        bad = ~np.isfinite(part).all(axis=1)
+        if np.isinf(part).any() or (bad.any() and missing == "refuse"):
+            raise ValueError(
+                f"{what}: {int((~np.isfinite(part)).sum()):,} values are NaN or infinite, the first in row "
+                f"{int(bad.argmax()):,}; fill them, or pass missing='skip' to leave out the windows that touch NaN"
+            )
+        if missing == "skip":
+            seen = np.concatenate([[0], bad.cumsum()])
+            own = own[seen[own + length] == seen[own]]
+        rows.append(own)
+    if not sum(map(len, rows)):
+        raise ValueError(f"{name}: no window is left; every one touches NaN, or starts is empty")
+    series_of = np.repeat(np.arange(len(series)), [len(own) for own in rows])
+    start_of = np.concatenate(rows)
+    return series_of, start_of, start_of + np.cumsum([0, *map(len, series)])[series_of]
+
+
+def _with_ids(series: list[np.ndarray], calendars: list[np.ndarray], ids: Sequence[int] | None) -> list[np.ndarray]:
+    """Return the marks of every series, its id appended."""
+    if [len(part) for part in series] != [len(part) for part in calendars]:
+        raise ValueError(
+            f"values have {[len(part) for part in series][:4]} rows and marks {[len(part) for part in calendars][:4]}; "
+            "give one row of marks for each row of values"
+        )
+    if ids is None:
+        return calendars
+    if len(ids) != len(series):
+        raise ValueError(f"{len(ids)} ids for {len(series)} series; give one each")
+    return [np.c_[part, np.full(len(part), float(number))] for part, number in zip(calendars, ids, strict=True)]
+
+
+def _pick(firsts: Tensor, indices: Any) -> Tensor:
+    """Return the first rows of the windows asked for, (B, 1)."""
+    indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    if indices.dim() != 1:
+        raise ValueError(f"indices of shape {tuple(indices.shape)}; give one axis of window numbers")
+    if len(indices) and not -len(firsts) <= int(indices.min()) <= int(indices.max()) < len(firsts):
+        raise IndexError(f"windows are numbered 0 to {len(firsts) - 1:,}; got {int(indices.min())} to {int(indices.max())}")
+    return firsts[indices][:, None]
+
+
+def _gather(source: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows, (*rows.shape, width): always a copy."""
+    return source.index_select(0, rows.flatten()).unflatten(0, tuple(rows.shape))
+
+
 class WindowDataset(torch.utils.data.Dataset):
     """Pairs of history and future, cut from one or several series. Every window is a copy.
 
@@ -324,8 +395,8 @@ class WindowDataset(torch.utils.data.Dataset):
         Steps from the beginning of one window to the next.
     ids : sequence of N numbers, optional
         Numbers of the series, appended to the marks as their last column.
-    starts : array of int, optional
-        First rows of the windows, the same in every series, instead of every ``stride`` rows.
+    starts : array of int, or sequence of N arrays, optional
+        First rows of the windows, in every series or in each, instead of every ``stride`` rows.
     scaler : MeanScaler, optional
         Divides each window, history and future, by the factor of its history; `scale` returns the factors.
     missing : {"refuse", "skip", "keep"}
@@ -337,6 +408,11 @@ class WindowDataset(torch.utils.data.Dataset):
     ------
     ValueError
         If shapes do not fit, a series is shorter than one window, or values are not finite.
+
+    Attributes
+    ----------
+    series_of, start_of : ndarray of int, shape (number of windows,)
+        The series that each window is from, and its first row there.
 
     Guarantees
     ----------
@@ -368,52 +444,12 @@ class WindowDataset(torch.utils.data.Dataset):
     ):
         if min(history, horizon, stride) < 1:
             raise ValueError(f"{history=}, {horizon=}, {stride=}; each must be at least 1")
-        if missing not in ("refuse", "skip", "keep"):
-            raise ValueError(f"{missing=}; choose refuse, skip or keep")
         series = _series_list("values", values)
-        calendars = _series_list("marks", marks, len(series))
-        if [len(a) for a in series] != [len(a) for a in calendars]:
-            raise ValueError(
-                f"values have {[len(a) for a in series][:4]} rows and marks {[len(a) for a in calendars][:4]}; "
-                "give one row of marks for each row of values"
-            )
-        if ids is not None:
-            if len(ids) != len(series):
-                raise ValueError(f"{len(ids)} ids for {len(series)} series; give one each")
-            calendars = [np.c_[part, np.full(len(part), number)] for part, number in zip(calendars, ids, strict=True)]
+        calendars = _with_ids(series, _series_list("marks", marks, len(series)), ids)
         self.history, self.horizon, self.stride, self.scaler = int(history), int(horizon), int(stride), scaler
-        length, firsts = history + horizon, np.cumsum([0, *map(len, series)])
-        rows = []
-        for number, part in enumerate(series):
-            what = name if len(series) == 1 else f"{name} {number}"
-            if len(part) < length:
-                raise ValueError(
-                    f"{what} has {len(part):,} rows, but one window needs history + horizon = {history:,} + {horizon:,} = "
-                    f"{length:,}; give more rows, or shorten history or horizon"
-                )
-            own = np.arange(0, len(part) - length + 1, stride) if starts is None else np.array(starts, dtype=np.int64)
-            if starts is not None and len(own) and not 0 <= own.min() <= own.max() <= len(part) - length:
-                raise ValueError(
-                    f"starts run from {own.min():,} to {own.max():,}; windows of {length:,} rows in {what} of {len(part):,} "
-                    f"start at 0 to {len(part) - length:,}"
-                )
-            bad = ~np.isfinite(part).all(axis=1)
-            if np.isinf(part).any() or (bad.any() and missing == "refuse"):
-                raise ValueError(
-                    f"{what}: {int((~np.isfinite(part)).sum()):,} values are NaN or infinite, the first in row "
-                    f"{int(bad.argmax()):,}; fill them, or pass missing='skip' to leave out the windows that touch NaN"
-                )
-            if missing == "skip":
-                seen = np.concatenate([[0], bad.cumsum()])
-                own = own[seen[own + length] == seen[own]]
-            rows.append(firsts[number] + own)
-        if not sum(map(len, rows)):
-            raise ValueError(f"{name}: no window is left; every one holds NaN, or starts is empty")
-        self.series_of = np.repeat(np.arange(len(series)), [len(own) for own in rows])
-        """Which series each window is from, (number of windows,)."""
-        self.start_of = np.concatenate(rows) - firsts[self.series_of]
-        """The first row of each window in its series."""
-        self._starts = torch.from_numpy(np.concatenate(rows))
+        need = f"history + horizon = {history:,} + {horizon:,}"
+        self.series_of, self.start_of, first = _starts(series, history + horizon, stride, starts, missing, name, need)
+        self._first = torch.from_numpy(first)
         self._values, self._marks = torch.from_numpy(np.concatenate(series)), torch.from_numpy(np.concatenate(calendars))
 
     @property
@@ -427,27 +463,17 @@ class WindowDataset(torch.utils.data.Dataset):
         return self._marks.shape[1]
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._first)
 
-    def _rows(self, indices: Any) -> Tensor:
-        """Return the first row of each window asked for, (B, 1)."""
-        indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
-        if indices.dim() != 1:
-            raise ValueError(f"indices of shape {tuple(indices.shape)}; give one axis of window numbers")
-        if len(indices) and not -len(self) <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"windows are numbered 0 to {len(self) - 1:,}; got {int(indices.min())} to {int(indices.max())}")
-        return self._starts[indices][:, None]
-
-    def _gather(self, source: Tensor, first: Tensor, count: int) -> Tensor:
-        rows = first + torch.arange(count)
-        return source.index_select(0, rows.flatten()).unflatten(0, tuple(rows.shape))  # (B, count, width), always a copy
+    def _history(self, first: Tensor) -> Tensor:
+        return _gather(self._values, first + torch.arange(self.history))
 
     def scale(self, indices: Any) -> Tensor:
         """Return what each window was divided by, (B, 1, c), float64; ones without a scaler."""
-        first = self._rows(indices)
+        first = _pick(self._first, indices)
         if self.scaler is None:
             return torch.ones(len(first), 1, self.num_channels, dtype=torch.float64)
-        return self.scaler.factor(self._gather(self._values, first, self.history), axis=1)[:, None]
+        return self.scaler.factor(self._history(first), axis=1)[:, None]
 
     def batch(self, indices: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return windows side by side, one gather for each tensor.
@@ -471,14 +497,13 @@ class WindowDataset(torch.utils.data.Dataset):
         IndexError
             If there is no such window.
         """
-        first = self._rows(indices)
-        x = self._gather(self._values, first, self.history)
-        y = self._gather(self._values, first + self.history, self.horizon)
+        first = _pick(self._first, indices)
+        future = first + torch.arange(self.history, self.history + self.horizon)
+        x, y = self._history(first), _gather(self._values, future)
         if self.scaler is not None:
             factor = self.scaler.factor(x, axis=1)[:, None]  # (B, 1, c)
             x, y = x / factor, y / factor
-        mark_x = self._gather(self._marks, first, self.history)
-        mark_y = self._gather(self._marks, first + self.history, self.horizon)
+        mark_x, mark_y = _gather(self._marks, first + torch.arange(self.history)), _gather(self._marks, future)
         return x.to(dtype), y.to(dtype), mark_x.to(dtype), mark_y.to(dtype)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -655,3 +680,586 @@ class SineSeries:
     """First time of each series, (N,), whole hours."""
     clean: np.ndarray
     """The values without noise, (N, T): what the best possible forecast would say of the far future."""
+
+# %% ../../nbs/pyraformer/04_data.ipynb #460ce5d9
+def custom_windows(
+    values: Any, marks: Any, train_end: int, history: int, horizon: int, *, ids: Sequence[int] | None = None, stride: int = 24
+) -> tuple[WindowDataset, WindowDataset]:
+    """Return the official training and test windows of several series of one length, each divided by its mean plus 1.
+
+    The official ``Dataset_Custom``, off by one as there: training leaves out the last window that would fit, and the first row
+    that a test window predicts is ``train_end + 1``. The series number of every window is its own (the official code shares one
+    array among all windows of a batch, which then carry the number of the last).
+
+    Parameters
+    ----------
+    values : array, shape (N, T)
+        N series.
+    marks : array, shape (T, m) or (N, T, m)
+        Time marks, without the number of the series.
+    train_end : int
+        Number of training rows.
+    history, horizon, stride : int, >= 1
+        Steps to look at, to predict, and between windows.
+    ids : sequence of N int, optional
+        Appended to the marks; 0 to N - 1 if left out.
+
+    Returns
+    -------
+    train, test : WindowDataset
+
+    Raises
+    ------
+    ValueError
+        If a part has no window; the message names it.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"values have shape {values.shape}; give (number of series, time)")
+    first, length, numbers = train_end - history + 1, history + horizon, range(len(values)) if ids is None else ids
+    counts = {"training": (train_end - length) // stride, "test": (values.shape[1] - first - length) // stride}
+    for part, count in counts.items():
+        if count < 1 or first < 0:
+            raise ValueError(
+                f"the {part} part has no window: {values.shape[1]:,} rows, {train_end:,} of them for training, leave no room for "
+                f"history + horizon = {history:,} + {horizon:,}; give more rows, or shorten history or horizon"
+            )
+
+    def windows(part: str, start: int) -> WindowDataset:
+        starts = start + stride * np.arange(counts[part])
+        return WindowDataset(
+            values[:, :, None], marks, history, horizon, stride, numbers, starts=starts, scaler=MeanScaler(1.0), name=f"{part} series"
+        )
+
+    return windows("training", 0), windows("test", first)
+
+# %% ../../nbs/pyraformer/04_data.ipynb #841cae3e
+class OneStepBatch(NamedTuple):
+    """Sequences for the one-step model, and what they ask for."""
+
+    sequence: Tensor
+    """Shape (B K, L, 1 + m): the value divided by its scale, then the covariates; the last value is -1."""
+    target: Tensor
+    """Shape (B K,): the value that the last -1 stands for, divided by its scale."""
+    scale: Tensor
+    """Shape (B K,): multiply by it to get the units of the data."""
+
+
+class OneStepWindows(torch.utils.data.Dataset):
+    """Windows for forecasting one step at a time: K sequences each, every one with true values as its history.
+
+    A window is K sequences of L steps, each one step further on. Each asks for its last value, which is replaced by -1, and
+    knows all before it. Section 4.1 of the paper.
+
+    Parameters
+    ----------
+    values : array, shape (T,) or (N, T), or sequence of arrays (T_i,)
+        One series or several. Copied; kept in float64.
+    marks : array, shape (T, m) or (N, T, m), or sequence of arrays (T_i, m)
+        Covariates, known ahead. One array serves all series.
+    length : int, >= 2
+        Steps of a sequence, L: ``length - 1`` true values, and the one to predict.
+    horizon : int, >= 1
+        Sequences of a window, K.
+    stride : int, >= 1
+        Steps from the beginning of one window to the next.
+    ids : sequence of N int, optional
+        Numbers of the series, the last column of the covariates; 0 to N - 1 if left out.
+    starts, missing, name
+        As `WindowDataset`.
+    scaler : MeanScaler, optional
+        What a window is divided by; by default the mean of the values other than 0 in its first ``scale_steps`` values.
+    scale_steps : int, optional
+        ``length - 1``, the true values of the first sequence, if left out.
+    drop_empty : bool
+        Leave out windows whose scale would come from zeros alone.
+
+    Attributes
+    ----------
+    v : ndarray, shape (number of windows,), float64
+        The scale of each window; the official name.
+    series_of, start_of : ndarray of int, shape (number of windows,)
+        The series that each window is from, and its first row there.
+
+    Raises
+    ------
+    ValueError
+        As `WindowDataset`.
+
+    Examples
+    --------
+    >>> windows = OneStepWindows(np.array([2.0, 4.0, 3.0, 9.0]), np.zeros((4, 3)), length=3, horizon=2)
+    >>> sequence, target, scale = windows.batch([0])
+    >>> sequence[:, :, 0].tolist(), (target * scale).tolist()
+    ([[0.666..., 1.333..., -1.0], [1.333..., 1.0, -1.0]], [3.0, 9.0])
+    """
+
+    def __init__(
+        self,
+        values: Any,
+        marks: Any,
+        length: int = 192,
+        horizon: int = 24,
+        stride: int = 24,
+        ids: Sequence[int] | None = None,
+        *,
+        starts: Any = None,
+        scaler: MeanScaler | None = None,
+        scale_steps: int | None = None,
+        drop_empty: bool = True,
+        missing: Literal["refuse", "skip", "keep"] = "refuse",
+        name: str = "the series",
+    ):
+        steps = length - 1 if scale_steps is None else scale_steps
+        if length < 2 or min(horizon, stride, steps) < 1 or steps > length + horizon - 1:
+            raise ValueError(
+                f"{length=}, {horizon=}, {stride=}, scale_steps={steps}; length from 2 on, the others from 1 on, and "
+                f"scale_steps within the window of length + horizon - 1 = {length + horizon - 1} rows"
+            )
+        parts = [np.array(part, dtype=np.float64) for part in ([values] if np.ndim(values[0]) == 0 else values)]
+        if any(part.ndim != 1 for part in parts):
+            raise ValueError(f"values have the shapes {[part.shape for part in parts][:4]}; give one axis of time for each series")
+        series = [part[:, None] for part in parts]
+        calendars = _series_list("marks", marks, len(series))
+        calendars = _with_ids(series, calendars, range(len(series)) if ids is None else ids)
+        self.length, self.horizon, self.stride = int(length), int(horizon), int(stride)
+        need = f"length + horizon - 1 = {length:,} + {horizon:,} - 1"
+        self.series_of, self.start_of, first = _starts(series, length + horizon - 1, stride, starts, missing, name, need)
+        self._values, self._marks = torch.from_numpy(np.concatenate(parts)), torch.from_numpy(np.concatenate(calendars))
+        self._first = torch.from_numpy(first)
+        scaler = MeanScaler(ignore_zero=True) if scaler is None else scaler
+        scales, empty = [], []
+        for some in self._first.split(4096):  # so that a million windows need no more memory than a few thousand
+            known = self._values[some[:, None] + torch.arange(steps)]
+            scales.append(scaler.factor(known))
+            empty.append((known == 0).all(dim=1))
+        keep = ~torch.cat(empty) if drop_empty else torch.ones(len(self._first), dtype=torch.bool)
+        if not keep.any():
+            raise ValueError(f"{name}: every window begins with zeros alone; there is nothing to learn from")
+        self._first, self._scale = self._first[keep], torch.cat(scales)[keep]
+        self.series_of, self.start_of = self.series_of[keep.numpy()], self.start_of[keep.numpy()]
+
+    @property
+    def v(self) -> np.ndarray:
+        """The scale of each window, (number of windows,), a copy."""
+        return self._scale.numpy().copy()
+
+    @property
+    def num_marks(self) -> int:
+        """Number of covariates, m, the id among them."""
+        return self._marks.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def batch(self, indices: Any, dtype: torch.dtype = torch.float32) -> OneStepBatch:
+        """Return the sequences of some windows, window after window, within a window in the order of time.
+
+        Parameters
+        ----------
+        indices : sequence, array or tensor of int, shape (B,)
+            Numbers of the windows.
+        dtype : torch.dtype
+            Of the result; the arithmetic before it is float64.
+
+        Raises
+        ------
+        IndexError
+            If there is no such window.
+        """
+        first = _pick(self._first, indices)
+        begin = (first + torch.arange(self.horizon)).flatten()[:, None]  # (B K, 1)
+        rows = begin + torch.arange(self.length)
+        scale = self._scale[torch.as_tensor(indices, dtype=torch.int64).cpu()].repeat_interleave(self.horizon)
+        values = self._values[rows] / scale[:, None]  # (B K, L)
+        target = values[:, -1].clone()
+        values[:, -1] = -1.0
+        sequence = torch.cat([values[..., None], _gather(self._marks, rows)], dim=-1)
+        return OneStepBatch(sequence.to(dtype), target.to(dtype), scale.to(dtype))
+
+    def __getitem__(self, index: int) -> OneStepBatch:
+        return self.batch([index])
+
+
+def one_step_marks(index: Any) -> np.ndarray:
+    """Return weekday, hour and month, each with mean 0 and standard deviation 1 over the whole index, (T, 3).
+
+    The official covariates of electricity and solar. A field that never changes becomes 0 (NaN in the official code).
+
+    Examples
+    --------
+    >>> one_step_marks(np.array(["2020-01-01T00", "2020-01-01T01"], dtype="datetime64[h]")).tolist()
+    [[0.0, -1.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    fields = _calendar(index)
+    marks = np.stack([fields[name] for name in ("weekday", "hour", "month")], axis=1)
+    return StandardScaler().fit(marks).transform(marks)
+
+# %% ../../nbs/pyraformer/04_data.ipynb #d6894347
+def _read_csv(path: str | PathLike[str], limits: Limits, **options: Any) -> Any:
+    """Return the frame of a text file, or a DataError that says what is wrong with it."""
+    pandas = require("pandas", extra="forecast")
+    check_table_size(path, limits=limits)
+    try:
+        return pandas.read_csv(path, encoding="utf-8-sig", **options)
+    except UnicodeDecodeError as error:
+        raise DataError(f"table {path}: it is not UTF-8 text ({error.reason} at byte {error.start:,}); convert it first") from error
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, ValueError) as error:
+        raise DataError(f"table {path}: it cannot be read: {error}") from error
+
+
+_LARGE = Limits(table_bytes=1_000_000_000, table_cells=100_000_000)
+_ELECTRICITY_HOME = "https://archive.ics.uci.edu/dataset/321/electricityloaddiagrams20112014"
+_SOLAR_HOME = "https://www.kaggle.com/datasets/sohier/30-years-of-european-solar-generation"
+_FLOW_HOME = "https://github.com/ant-research/Pyraformer (data/app_zone_rpc_hour_encrypted.zip; unpack it)"
+
+
+def _own_file(path: str | PathLike[str], what: str, home: str) -> Path:
+    if not Path(path).is_file():
+        raise DataError(f"there is no file {path}; {what} is not registered here: download it from {home} and pass its path")
+    return Path(path)
+
+
+def load_electricity(path: str | PathLike[str]) -> SeriesTable:
+    """Return the hourly electricity load of 370 customers, 2011-01-01 00:00 to 2014-09-07 23:00, from ``LD2011_2014.txt``.
+
+    Quarter-hours are summed to hours: those after 0:00 up to 1:00 make hour 0, as in the official code.
+
+    Parameters
+    ----------
+    path : path
+        The text file of the UCI archive, unpacked: semicolons, decimal commas, 15 minutes.
+
+    Raises
+    ------
+    oral4.errors.DataError
+        If there is no such file, or it is another table.
+    oral4.errors.MissingExtra
+        Without pandas.
+    """
+    file = _own_file(path, "LD2011_2014.txt", _ELECTRICITY_HOME)
+    frame = _read_csv(file, _LARGE, sep=";", index_col=0, decimal=",")
+    try:
+        stamps = np.array(frame.index.astype(str), dtype="datetime64[s]")
+        quarters = frame.to_numpy(dtype=np.float64)
+    except ValueError as error:
+        raise DataError(f"{file}: its first column should hold dates and all others numbers: {error}") from error
+    # Hour h holds the stamps in (h, h + 1]: one second earlier they all lie in [h, h + 1).
+    hours = (stamps - np.timedelta64(1, "s")).astype("datetime64[h]")
+    if len(hours) < 2 or (np.diff(stamps) <= np.timedelta64(0)).any():
+        raise DataError(f"{file}: its stamps do not increase; LD2011_2014.txt has one row every 15 minutes")
+    axis = np.arange(max(hours[0], np.datetime64("2011-01-01T00")), min(hours[-1], np.datetime64("2014-09-07T23")) + 1)
+    sums = np.zeros((len(axis), quarters.shape[1]))
+    place = (hours - axis[0]).astype(np.int64)
+    inside = (place >= 0) & (place < len(axis))
+    np.add.at(sums, place[inside], np.nan_to_num(quarters[inside]))
+    return SeriesTable(axis.astype("datetime64[s]"), sums, tuple(map(str, frame.columns)))
+
+
+def load_solar(path: str | PathLike[str]) -> SeriesTable:
+    """Return hourly capacity factors of photovoltaics, one series a country, from 1986-01-01 00:00 on.
+
+    **This is what the paper calls Wind.** Its code reads ``EMHIRESPV_TSh_CF_Country_19862015.csv``, and PV is solar.
+
+    Parameters
+    ----------
+    path : path
+        That file: a column of numbers for each country, a row for each hour (UTC).
+
+    Raises
+    ------
+    oral4.errors.DataError
+        If there is no such file, or it is another table.
+    oral4.errors.MissingExtra
+        Without pandas.
+    """
+    file = _own_file(path, "EMHIRESPV_TSh_CF_Country_19862015.csv", _SOLAR_HOME)
+    frame = _read_csv(file, _LARGE)
+    wrong = [str(name) for name in frame.columns if frame[name].dtype.kind not in "fi"]
+    if wrong or frame.isna().to_numpy().any():
+        raise DataError(f"{file}: every column should be the numbers of a country, without gaps; see {', '.join(wrong[:5]) or 'NaN'}")
+    stamps = np.datetime64("1986-01-01T00:00:00") + 3600 * np.arange(len(frame)).astype("timedelta64[s]")
+    return SeriesTable(stamps, frame.to_numpy(dtype=np.float64), tuple(map(str, frame.columns)))
+
+
+def load_app_flow(path: str | PathLike[str]) -> list[SeriesTable]:
+    """Return the hourly requests of each app in each zone, as tables of one channel, from the unpacked CSV file.
+
+    Parameters
+    ----------
+    path : path
+        ``app_zone_rpc_hour_encrypted.csv``: a running number, then app_name, zone, time and value.
+
+    Raises
+    ------
+    oral4.errors.DataError
+        If there is no such file, or it is another table.
+    oral4.errors.MissingExtra
+        Without pandas.
+    """
+    pandas = require("pandas", extra="forecast")
+    file = _own_file(path, "app_zone_rpc_hour_encrypted.csv", _FLOW_HOME)
+    frame = _read_csv(file, _LARGE)
+    if missing := [name for name in ("app_name", "zone", "time", "value") if name not in frame.columns]:
+        raise DataError(f"{file}: it has no column {', '.join(missing)}; its columns are {', '.join(map(str, frame.columns[:8]))}")
+    try:
+        frame["time"] = pandas.to_datetime(frame["time"], format="ISO8601")
+        frame["value"] = frame["value"].astype("float64")
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
+    tables = []
+    for (app, zone), part in frame.groupby(["app_name", "zone"]):
+        part = part.sort_values("time", kind="stable")
+        tables.append(SeriesTable(_wall_clock(part["time"]), part[["value"]].to_numpy(), (f"{app}/{zone}",)))
+    return tables
+
+# %% ../../nbs/pyraformer/04_data.ipynb #b135da27
+def _fields(stamps: np.ndarray, weekday: float, hour: float) -> np.ndarray:
+    fields = _calendar(stamps)
+    return np.stack([fields["weekday"] / weekday, fields["hour"] / hour, fields["month"] / 12], axis=1)
+
+
+def official_windows(dataset: str, data: Any, history: int, horizon: int) -> tuple[WindowDataset, WindowDataset]:
+    """Return the official long-range training and test windows of a set of series; there is no validation part.
+
+    Parameters
+    ----------
+    dataset : {"electricity", "app_flow", "sines"}
+        Which rules of selection and split.
+    data : SeriesTable, list of SeriesTable or SineSeries
+        What `load_electricity`, `load_app_flow` or `make_sines` gave.
+    history, horizon : int, >= 1
+        Steps to look at and to predict.
+
+    Returns
+    -------
+    train, test : WindowDataset
+        Series by series, every 24 hours. Marks: weekday, hour, month, each from 0 to at most 1, and the number of the series.
+
+    Raises
+    ------
+    ValueError
+        If there is no such set, or a part has no window.
+    """
+    if dataset == "sines":
+        num_steps = data.values.shape[1]
+        rounds = int(0.9 * ((num_steps - history - horizon) / 24))
+        return custom_windows(data.values, data.marks[..., :3], history + horizon + 24 * rounds, history, horizon)
+    if dataset == "electricity":
+        begin = (data.values != 0).argmax(axis=0)  # hours before the meter was connected are zeros
+        begin, values = begin[begin < 10_000], data.values[:, begin < 10_000]
+        latest = int(begin.max(initial=0))
+        train_end = int((data.timestamps <= np.datetime64("2014-04-01T23")).sum()) - latest
+        marks = _fields(data.timestamps[latest:], 7, 24)
+        return custom_windows(values[latest:].T, marks, train_end, history, horizon)
+    if dataset == "app_flow":
+        kept = [table for table in data if len(table) >= 3000 and (table.values == 0).mean() <= 0.2]
+        if not kept:
+            raise ValueError(f"none of the {len(data)} series has 3,000 hours and at most a fifth of zeros; give others")
+        length = min(10_000, *(len(table) for table in kept))
+        values = np.stack([table.values[-length:, 0] for table in kept])
+        marks = np.stack([_fields(table.timestamps[-length:], 7, 24) for table in kept])
+        return custom_windows(values, marks, min(int(0.8 * length), length - 1000), history, horizon)
+    raise ValueError(f"{dataset=}; choose electricity, app_flow or sines (ETT: see ett_splits)")
+
+
+def official_one_step(dataset: str, data: Any) -> tuple[OneStepWindows, OneStepWindows]:
+    """Return the official training and test windows for one step at a time; there is no validation part.
+
+    Parameters
+    ----------
+    dataset : {"electricity", "solar", "app_flow"}
+        ``"solar"`` is the paper's Wind. Sequences have 169 steps for electricity and 192 for the others, windows 24 of them.
+    data : SeriesTable or list of SeriesTable
+        What `load_electricity`, `load_solar` or `load_app_flow` gave.
+
+    Returns
+    -------
+    train, test : OneStepWindows
+        Series by series. The scale ``v`` follows the official code, with its oddities: electricity leaves out the last known
+        value, **solar takes the first value that is to be predicted into it**.
+
+    Raises
+    ------
+    ValueError
+        If there is no such set, or a part has no window.
+    """
+    if dataset == "electricity":
+        known = int((data.timestamps <= np.datetime64("2014-08-31T23")).sum())
+        later = int((data.timestamps < np.datetime64("2014-08-25T00")).sum())
+        return _electricity_one_step(data.values, one_step_marks(data.timestamps), known, later)
+    if dataset == "solar":
+        return _solar_one_step(data.values.T, one_step_marks(data.timestamps))
+    if dataset == "app_flow":
+        kept = [table for table in data if (table.values == 0).mean() <= 0.2]
+        marks = [_fields(table.timestamps, 6, 23) for table in kept]
+        return _flow_one_step([table.values[:, 0] for table in kept], marks)
+    raise ValueError(f"{dataset=}; choose electricity, solar or app_flow")
+
+
+def _electricity_one_step(
+    values: np.ndarray, marks: np.ndarray, train_end: int, test_start: int
+) -> tuple[OneStepWindows, OneStepWindows]:
+    """Return the windows of preprocess_elect.py: values (T, N), rows before ``train_end``, rows from ``test_start`` on."""
+    options: dict[str, Any] = {"length": 169, "horizon": 24, "scaler": MeanScaler(1.0, ignore_zero=True), "scale_steps": 167}
+    begin = (values[:train_end] != 0).argmax(axis=0)
+    counts = np.maximum((train_end - 168) // 24 - (begin + 23) // 24, 0)
+    starts = [first + 24 * np.arange(count) for first, count in zip(begin, counts, strict=True)]
+    train = OneStepWindows(values[:train_end].T, marks[:train_end], starts=starts, name="training series", **options)
+    return train, OneStepWindows(values[test_start:].T, marks[test_start:], name="test series", **options)
+
+
+def _solar_one_step(values: np.ndarray, marks: np.ndarray) -> tuple[OneStepWindows, OneStepWindows]:
+    """Return the windows of preprocess_wind.py: values (N, T)."""
+    length = values.shape[1]
+    rounds = int(0.97 * ((length - 168) // 24))
+    starts = 24 * np.arange(max(0, (length - 215) // 24 + 1))
+
+    def windows(part: np.ndarray, name: str) -> OneStepWindows:
+        return OneStepWindows(values, marks, starts=part, scale_steps=192, name=name)
+
+    return windows(starts[:rounds], "training series"), windows(starts[rounds:], "test series")
+
+
+def _flow_one_step(values: list[np.ndarray], marks: list[np.ndarray]) -> tuple[OneStepWindows, OneStepWindows]:
+    """Return the windows of preprocess_flow.py: values (T_i,), marks (T_i, 3)."""
+    starts = [24 * np.arange(max(0, (len(part) - 217) // 24 + 1)) for part in values]
+    rounds = [max(0, int(0.97 * ((len(part) - 168) // 24)) - 1) for part in values]
+    train = [own[:count] for own, count in zip(starts, rounds, strict=True)]
+    test = [own[count:] for own, count in zip(starts, rounds, strict=True)]
+    return (
+        OneStepWindows(values, marks, starts=train, name="training series"),
+        OneStepWindows(values, marks, starts=test, name="test series"),
+    )
+
+# %% ../../nbs/pyraformer/04_data.ipynb #349b1001
+_PJM = ("AEP", "COMED", "DAYTON", "DEOK", "DOM", "DUQ", "EKPC", "FE", "PJME", "PJMW")
+
+
+def load_pjm(
+    names: Sequence[str] = _PJM,
+    start: str = "2013-06-01 01:00",
+    end: str = "2018-08-03 00:00",
+    *,
+    duplicates: Literal["mean", "refuse"] = "mean",
+    missing: Literal["linear", "ffill", "nan"] = "linear",
+) -> SeriesTable:
+    """Return the hourly load of regions of the North-American grid operator PJM, in megawatts, on one regular axis.
+
+    The files are not in order, lack hours and have hours twice. Their stamps say when an hour *ended*, by the local clock of the
+    east coast. So in spring the hour ending at 3:00 does not exist, and in autumn the hour ending at 2:00 exists twice. (In
+    the autumns up to 2013 the files lack it altogether.) The axis here is that clock with 24 hours every day, since load
+    follows the clock: the hour that exists twice becomes the mean of both, the one that does not is filled.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of AEP, COMED, DAYTON, DEOK, DOM, DUQ, EKPC, FE, PJME, PJMW, which overlap in the default span.
+    start, end : str
+        First and last stamp; a date alone means its 0:00.
+    duplicates : {"mean", "refuse"}
+        What to do about hours that come twice.
+    missing : {"linear", "ffill", "nan"}
+        A straight line between the neighbours of a gap, the last value before it, or leave NaN. A line looks past the gap. With
+        gaps of single hours, a training set can afford that; an honest forecast made *at* the gap cannot, and takes ``"ffill"``.
+
+    Returns
+    -------
+    SeriesTable
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, the span is empty, or a series does not cover it; the message says what it covers.
+    oral4.errors.DataError
+        If a file is not at hand, or hours come twice and that is refused.
+
+    Examples
+    --------
+    >>> load_pjm(["PJMX"])
+    Traceback (most recent call last):
+    ValueError: there is no series 'PJMX'; choose of AEP, COMED, DAYTON, DEOK, DOM, DUQ, EKPC, FE, PJME, PJMW
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"names={names!r}; give a list of names, such as ['PJME']")
+    if duplicates not in ("mean", "refuse") or missing not in ("linear", "ffill", "nan"):
+        raise ValueError(f"{duplicates=}, {missing=}; choose mean or refuse, and linear, ffill or nan")
+    for name in names:
+        if name not in _PJM:
+            raise ValueError(f"there is no series {name!r}; choose of {', '.join(_PJM)}")
+    first, last = (np.datetime64(stamp, "h") for stamp in (start, end))
+    if not first <= last:
+        raise ValueError(f"start={start!r} is after end={end!r}")
+    axis = np.arange(first, last + 1)
+    columns = []
+    for name in names:
+        stamps, values = _pjm_rows(fetch(f"pjm/{name}_hourly.csv"))
+        if not stamps.min() <= first <= last <= stamps.max():
+            raise ValueError(f"{name} covers {stamps.min()} to {stamps.max()}, not {first} to {last}; choose another span or leave it out")
+        place = (stamps - first).astype(np.int64)
+        inside = (place >= 0) & (place < len(axis))
+        count = np.bincount(place[inside], minlength=len(axis))
+        if duplicates == "refuse" and (count > 1).any():
+            raise DataError(f"{name}: {int((count > 1).sum())} hours come twice, the first is {axis[(count > 1).argmax()]}; pass duplicates='mean'")
+        total = np.bincount(place[inside], values[inside], minlength=len(axis))
+        columns.append(_fill(np.where(count > 0, total / np.maximum(count, 1), np.nan), missing))
+    return SeriesTable(axis.astype("datetime64[s]"), np.stack(columns, axis=1), tuple(names))
+
+
+def _pjm_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return stamps (datetime64[h]) and values as the file has them."""
+    check_table_size(path)
+    rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return np.array([row[0] for row in rows], dtype="datetime64[h]"), np.array([row[1] for row in rows], dtype=np.float64)
+
+
+def _fill(values: np.ndarray, how: str) -> np.ndarray:
+    """Return a copy with NaN filled by a straight line or by the last number; before the first number stands the first."""
+    known = np.flatnonzero(np.isfinite(values))
+    if how in ("nan", "mask") or len(known) in (0, len(values)):
+        return values.copy()
+    if how == "linear":
+        return np.interp(np.arange(len(values)), known, values[known])
+    return values[known[np.maximum(np.searchsorted(known, np.arange(len(values)), side="right") - 1, 0)]]
+
+
+def one_step_splits(
+    table: SeriesTable, ends: tuple[int, int, int], *, length: int = 169, horizon: int = 24, stride: int = 24,
+    scaler: MeanScaler | None = None, missing: Literal["refuse", "skip", "keep"] = "refuse",
+) -> tuple[OneStepWindows, OneStepWindows, OneStepWindows]:  # fmt: skip
+    """Cut a table by time into training, validation and test windows for one step at a time.
+
+    Training windows lie within the training rows. In the other parts every value to predict does; the history may reach back.
+    All parts predict ``horizon`` values a window, every ``stride`` rows.
+
+    Parameters
+    ----------
+    table : SeriesTable
+        Each channel is a series of its own.
+    ends : (int, int, int)
+        Row numbers behind the last row of training, validation and test, increasing.
+    length, horizon, stride, scaler, missing
+        As `OneStepWindows`.
+
+    Returns
+    -------
+    train, val, test : OneStepWindows
+
+    Raises
+    ------
+    ValueError
+        If a part is shorter than one window; the message names it.
+    """
+    if not 0 < ends[0] < ends[1] < ends[2] <= len(table):
+        raise ValueError(f"ends={ends} must increase, from above 0 to at most {len(table):,} rows")
+    if length > ends[0]:
+        raise ValueError(f"length={length:,} reaches back further than the {ends[0]:,} training rows; shorten it")
+    marks = one_step_marks(table.timestamps)
+    spans = {"training": (0, ends[0]), "validation": (ends[0] - length + 1, ends[1]), "test": (ends[1] - length + 1, ends[2])}
+    train, val, test = (
+        OneStepWindows(
+            table.values[low:high].T, marks[low:high], length, horizon, stride, scaler=scaler, missing=missing, name=f"{part} series"
+        )
+        for part, (low, high) in spans.items()
+    )
+    return train, val, test
