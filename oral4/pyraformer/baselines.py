@@ -378,7 +378,8 @@ class RidgeNLinear:
     Guarantees
     ----------
     Computed in float64 from `window_gram`: no window is formed, and memory does not grow with their number. Adding a
-    constant to a series changes nothing but the level of its forecasts (for "none" only with ``intercept``).
+    constant to a series changes nothing but the level of its forecasts (for "none" only with ``intercept``). To restore
+    a model, make one with the same arguments and set ``weight`` and ``bias``.
 
     Examples
     --------
@@ -390,6 +391,7 @@ class RidgeNLinear:
 
     weight: np.ndarray
     bias: np.ndarray
+    _level = 0.0  # taken off the data for "none", so that a high level costs no digits
 
     def __init__(
         self,
@@ -451,8 +453,10 @@ class RidgeNLinear:
         if len(self.penalties) > 1 and validation is None:
             raise ValueError(f"{len(self.penalties)} penalties are given; pass validation=..., which chooses among them")
         channels = [channel[start:stop] for channel in _channels(series)]
-        observed = np.concatenate([channel[~np.isnan(channel)] for channel in channels])
-        self._level = float(observed.mean()) if self.anchor == "none" and self.intercept and len(observed) else 0.0
+        self._level = 0.0
+        if self.anchor == "none" and self.intercept:
+            observed = [channel[~np.isnan(channel)] for channel in channels]
+            self._level = float(sum(x.sum() for x in observed) / max(sum(map(len, observed)), 1))
         gram, total, count = self._sums(channels, stride, "the series")
         held_out = None if validation is None else self._sums(validation, stride, "validation")
         mean = total / count if self.intercept else np.zeros_like(total)
@@ -626,7 +630,12 @@ class ARRidge:
                     continue
             else:
                 free = sums.num_windows - freedom - 1
-                variance = _mean_square(sums, weight, bias) * sums.num_windows / free if free > 0 else np.nan
+                if free < 1:
+                    raise ValueError(
+                        f"{sums.num_windows} windows for {freedom:.0f} weights leave nothing to measure the error on; "
+                        "give a longer series, a shorter history, a larger penalty, or validation"
+                    )
+                variance = _mean_square(sums, weight, bias) * sums.num_windows / free
             self.weight, self.covariate_weight = weight[0, : self.history], weight[0, self.history :]
             self.bias, self.sigma, self.penalty = float(bias[0]), float(np.sqrt(variance)), penalty
         self.num_windows = sums.num_windows
@@ -659,8 +668,10 @@ class ARRidge:
         mean = last + (x - last[..., None]) @ _like(self.weight, x) + self.bias
         if covariates is not None:
             known = _like(covariates, x)
-            if not known.ndim or known.shape[-1] != extra or not xp.isfinite(known).all():
-                raise ValueError(f"covariates have shape {tuple(known.shape)}; give {extra} finite ones on the last axis")
+            if tuple(known.shape) != (*mean.shape, extra) or not xp.isfinite(known).all():
+                raise ValueError(
+                    f"covariates have shape {tuple(known.shape)}; give {(*mean.shape, extra)}, those of each next step, all finite"
+                )
             mean = mean + known @ _like(self.covariate_weight, x)
         return mean, xp.full_like(mean, self.sigma)
 
