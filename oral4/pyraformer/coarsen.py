@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .graph import PyramidSpec
+from .graph import _TOO_NARROW, PyramidSpec, _integer
 
 # %% auto #0
-__all__ = ['KINDS', 'coarsen_reference', 'StridedConvolution', 'CoarserScaleConstruction']
+__all__ = ['KINDS', 'coarsen_reference', 'strided_convolution_reference', 'StridedConvolution', 'CoarserScaleConstruction']
 
-# %% ../../nbs/pyraformer/03_coarsen.ipynb #01cb341d
+# %% ../../nbs/pyraformer/03_coarsen.ipynb #9dbe9fe9
 KINDS = ("bottleneck", "conv", "max", "average")
 """The ways to summarise: strided convolutions in a narrow space, in the full width, and two that learn nothing."""
 
@@ -32,13 +32,18 @@ def coarsen_reference(x: Tensor, windows: Sequence[int]) -> list[Tensor]:
     ----------
     x : Tensor, shape (B, L, D)
         Nodes of the finest scale.
-    windows : sequence of int
+    windows : sequence of int, each >= 1
         Children per parent, from the finest scale on.
 
     Returns
     -------
     list of Tensor, shape (B, L_s, D)
-        Without the finest scale.
+        Without the finest scale; a scale for which no window is full has no node.
+
+    Examples
+    --------
+    >>> [scale.flatten().tolist() for scale in coarsen_reference(torch.arange(9.0)[None, :, None], (4, 2))]
+    [[1.5, 5.5], [3.5]]
     """
     scales = []
     for window in windows:
@@ -47,7 +52,39 @@ def coarsen_reference(x: Tensor, windows: Sequence[int]) -> list[Tensor]:
         scales.append(x)
     return scales
 
-# %% ../../nbs/pyraformer/03_coarsen.ipynb #1302e381
+# %% ../../nbs/pyraformer/03_coarsen.ipynb #91c4a7a4
+def strided_convolution_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return a convolution without overlap by its definition, parent by parent and child by child.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, L, D)
+        Nodes, at least one window of them. The ``L mod C`` last ones are not used.
+    weight : Tensor, shape (D_out, D, C)
+        One matrix for each place in the family, as in `torch.nn.Conv1d`.
+    bias : Tensor, shape (D_out,)
+
+    Returns
+    -------
+    Tensor, shape (B, L // C, D_out)
+
+    Raises
+    ------
+    ValueError
+        If no window is full.
+    """
+    window = weight.shape[2]
+    if x.shape[1] < window:
+        raise ValueError(f"{x.shape[1]} nodes do not fill a window of {window}; give at least {window}")
+    parents = []
+    for parent in range(x.shape[1] // window):
+        node = bias
+        for child in range(window):
+            node = node + x[:, parent * window + child] @ weight[:, :, child].mT  # (B, D_out)
+        parents.append(node)
+    return torch.stack(parents, dim=1)
+
+# %% ../../nbs/pyraformer/03_coarsen.ipynb #9658ed7d
 class StridedConvolution(nn.Module):
     """One step down in resolution: convolution without overlap, batch normalisation, ELU.
 
@@ -67,7 +104,13 @@ class StridedConvolution(nn.Module):
         self.norm = nn.BatchNorm1d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, width, length // window) from (B, width, length)."""
+        """Return (B, width, length // window) from (B, width, length).
+
+        Raises
+        ------
+        ValueError
+            In training, if there is one value a channel: its variance says nothing.
+        """
         x = self.conv(x)
         if self.training and x.shape[0] * x.shape[2] == 1:
             raise ValueError(
@@ -76,7 +119,21 @@ class StridedConvolution(nn.Module):
             )
         return F.elu(self.norm(x))
 
-# %% ../../nbs/pyraformer/03_coarsen.ipynb #3845e262
+# %% ../../nbs/pyraformer/03_coarsen.ipynb #e8cf6fbb
+def _summaries(x: Tensor, windows: Sequence[int], kind: str, steps: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the coarse scales, each (B, width, L_s), from the finest one (B, width, L)."""
+    scales = []
+    for scale, window in enumerate(windows):
+        if kind == "max":
+            x = F.max_pool1d(x, window)
+        elif kind == "average":
+            x = F.avg_pool1d(x, window)
+        else:
+            x = steps[scale](x)
+        scales.append(x)
+    return scales
+
+# %% ../../nbs/pyraformer/03_coarsen.ipynb #b55c6f7f
 class CoarserScaleConstruction(nn.Module):
     """The coarser-scale construction module (CSCM): all nodes of a pyramid from those of its finest scale.
 
@@ -87,7 +144,7 @@ class CoarserScaleConstruction(nn.Module):
     ----------
     d_model : int, >= 1
         Width of a node, D.
-    windows : sequence of int, each >= 1
+    windows : sequence of int, each >= 2
         Children per parent from each scale to the next. Any number of them (the official pooling and plain
         convolution take exactly three).
     kind : {"bottleneck", "conv", "max", "average"}
@@ -99,6 +156,8 @@ class CoarserScaleConstruction(nn.Module):
     ------
     ValueError
         If ``kind`` is unknown, a width or window is too small, or ``d_bottleneck`` is given where it has no meaning.
+    TypeError
+        If a width or window is not an integer.
 
     Examples
     --------
@@ -106,36 +165,30 @@ class CoarserScaleConstruction(nn.Module):
     torch.Size([2, 65, 16])
     """
 
-    def __init__(self, d_model: int, windows: Sequence[int], kind: str = "bottleneck", *, d_bottleneck: int | None = None):
+    def __init__(
+        self, d_model: int, windows: Sequence[int], kind: str = "bottleneck", *, d_bottleneck: int | None = None
+    ):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if d_bottleneck is not None and kind != "bottleneck":
             raise ValueError(f"d_bottleneck={d_bottleneck} has no meaning for kind={kind!r}; leave it out")
-        if d_bottleneck is None:
-            d_bottleneck = max(1, d_model // 4)
-        if d_model < 1 or d_bottleneck < 1 or any(window < 1 for window in windows):
-            raise ValueError(f"{d_model=}, {d_bottleneck=}, windows={tuple(windows)}: all must be at least 1")
-        self.windows, self.kind = tuple(windows), kind
-        width = d_bottleneck if kind == "bottleneck" else d_model
+        width = d_model = _integer("d_model", d_model, 1)
+        self.kind = kind
+        self.windows = tuple(_integer(f"windows[{i}]", window, 2, _TOO_NARROW) for i, window in enumerate(windows))
         if kind == "bottleneck":
+            width = _integer("d_bottleneck", max(1, d_model // 4) if d_bottleneck is None else d_bottleneck, 1)
             self.down, self.up = nn.Linear(d_model, width), nn.Linear(width, d_model)
         if kind in ("bottleneck", "conv"):
             self.steps = nn.ModuleList(StridedConvolution(width, window) for window in self.windows)
         self.norm = nn.LayerNorm(d_model)
 
     def summaries(self, x: Tensor) -> list[Tensor]:
-        """Return the coarse scales before normalisation, each (B, D, L_s), from (B, D, L) of the finest."""
-        scales = []
-        for scale, window in enumerate(self.windows):
-            if self.kind == "max":
-                x = F.max_pool1d(x, window)
-            elif self.kind == "average":
-                x = F.avg_pool1d(x, window)
-            else:
-                x = self.steps[scale](x)
-            scales.append(x)
-        return scales
+        """Return the coarse scales before normalisation, each (B, D, L_s), from (B, D, L) of the finest.
+
+        For ``kind="bottleneck"`` both are in the narrow space.
+        """
+        return _summaries(x, self.windows, self.kind, self.steps if self.kind in ("bottleneck", "conv") else ())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all nodes (B, n, D), the finest scale first, from its nodes (B, L, D).
@@ -143,7 +196,8 @@ class CoarserScaleConstruction(nn.Module):
         Raises
         ------
         ValueError
-            If the length is shorter than the product of the windows, so that a scale would be empty.
+            If the length is shorter than the product of the windows, so that a scale would be empty; in training
+            also if the batch holds one series and a coarse scale one node.
         """
         if x.shape[1] < math.prod(self.windows):
             PyramidSpec(x.shape[1], self.windows)  # says which scale is empty, and what would fit
