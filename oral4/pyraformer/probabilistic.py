@@ -21,12 +21,13 @@ from ..train import FitResult, TrainConfig, fit
 from . import metrics
 from .baselines import ARRidge, seasonal_naive
 from .metrics import ConformalIntervals, student_t_cdf, student_t_log_density
+from .model import OneStepPyraformer
 
 # %% auto #0
 __all__ = ['RANKINGS', 'DEFAULT_LEVELS', 'HEADS', 'gaussian_nll', 'nll_topk', 'one_step_loss', 'mse_topk', 'hard_mining_schedule',
            'pretraining_targets', 'amplitude_sampler', 'student_t_icdf', 'Head', 'PointHead', 'GaussianHead',
            'StudentTHead', 'QuantileHead', 'make_head', 'OneStepConfig', 'OneStepForecast', 'forecast_one_step',
-           'train_one_step', 'floor_forecasts', 'conformal_interval', 'one_step_report']
+           'train_one_step', 'fit_ridge', 'floor_forecasts', 'RidgeSkip', 'conformal_interval', 'one_step_report']
 
 # %% ../../nbs/pyraformer/06_probabilistic.ipynb #f93efe30
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -719,8 +720,8 @@ class OneStepConfig:
     "Learning rate of Adam in the first epoch, > 0."
     lr_decay: float = 0.5
     "What the rate is multiplied by after each epoch, in (0, 1]."
-    batch_size: int = 192
-    "Windows an update. The official script draws 8 stretches of 24 windows each; here windows are drawn one by one."
+    windows_per_batch: int = 8
+    "Windows an update. Each holds ``horizon`` sequences, so the official batch has 8 x 24 = 192 sequences."
     windows_per_epoch: int | None = None
     "Windows drawn in an epoch; as many as there are if left out."
     factor: float = 100.0
@@ -744,7 +745,7 @@ class OneStepConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        whole = {"epochs": self.epochs, "batch_size": self.batch_size, "windows_per_epoch": self.windows_per_epoch or 1}
+        whole = {"epochs": self.epochs, "windows_per_batch": self.windows_per_batch, "windows_per_epoch": self.windows_per_epoch or 1}
         for name, value in whole.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; give a whole number from 1 on")
@@ -760,19 +761,19 @@ class OneStepConfig:
     @classmethod
     def mini(cls, **changes: Any) -> OneStepConfig:
         """Return a setting for a small model and seconds to minutes on a CPU; ``changes`` replaces fields."""
-        small: dict[str, Any] = {"epochs": 5, "lr": 1e-3, "batch_size": 64, "ranking": "nll", "clip_norm": 1.0, "monitor": "crps"}
+        small: dict[str, Any] = {"epochs": 5, "lr": 1e-3, "ranking": "nll", "clip_norm": 1.0, "monitor": "crps"}
         return cls(**{**small, **changes})
 
 
 @dataclass(frozen=True)
 class OneStepForecast:
-    """Forecasts of many windows and what came, in the units of the data. Each is an array (N,), float64."""
+    """Forecasts of many steps and what came, in the units of the data. Each is an array (N,), float64."""
 
     mu: np.ndarray
     sigma: np.ndarray
     y: np.ndarray
     v: np.ndarray
-    """The amplitude that each window was divided by."""
+    """The scale that each was divided by for the model."""
 
     def scores(self, level: float = 0.9) -> dict[str, float]:
         """Return nrmse, nd, nll (nats, natural units), crps, and coverage, width and interval score of the central interval."""
@@ -801,33 +802,33 @@ class OneStepForecast:
         return torch.special.ndtr(torch.from_numpy((self.y - self.mu) / self.sigma)).numpy()
 
 
-def _window_batches(windows: Any, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _window_batches(windows: Any, sequences: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield all windows in order, about so many sequences at a time: sequence (B, L, fields), target (B,), scale (B,), float64."""
+    size = max(1, sequences // windows.horizon)
     for first in range(0, len(windows), size):
-        yield windows.batch(torch.arange(first, min(first + size, len(windows))))
+        yield windows.batch(torch.arange(first, min(first + size, len(windows))), dtype=torch.float64)
 
 
-def _check_windows(model: nn.Module, windows: Any, name: str) -> Tensor:
-    """Refuse windows that this model cannot learn; return their amplitudes (N,)."""
+def _check_windows(model: nn.Module, windows: Any, name: str) -> None:
+    """Refuse windows that this model cannot learn."""
     if not len(windows):
         raise ValueError(f"{name} has no windows; give a longer series or a shorter history")
-    amplitudes, negative, least = [], 0, 0.0
-    for sequence, target, v in _window_batches(windows, 4096):
-        values = torch.cat([sequence[:, :-1, 0].flatten(), target])
+    negative, least = 0, 0.0
+    for sequence, target, scale in _window_batches(windows, 4096):
+        values = torch.cat([sequence[:, :-1, 0], target[:, None]], dim=1)
         bad = int((~values.isfinite()).sum())
         if bad:
-            raise ValueError(f"{name} holds {bad} values that are NaN or infinite; fill the gaps or leave these windows out")
+            raise ValueError(f"{name} has windows with {bad} values that are NaN or infinite; fill the gaps or leave these windows out")
         negative += int((values < 0).sum())
-        least = min(least, float((torch.cat([sequence[:, :-1, 0], target[:, None]], dim=1) * v[:, None]).min()))
-        amplitudes.append(v)
+        least = min(least, float((values * scale[:, None]).min()))
     if negative and getattr(model, "positive", False):
         raise ValueError(
-            f"{name} holds {negative} negative values, the least {least:g}, but the official mean is a softplus and cannot "
-            "be negative; build OneStepPyraformer(config, mean='identity')"
+            f"{name} has negative values, the least {least:g}, but the official mean is a softplus and cannot be negative; "
+            "build OneStepPyraformer(config, mean='identity')"
         )
-    return torch.cat(amplitudes)
 
 
-def forecast_one_step(model: nn.Module, windows: Any, *, batch_size: int = 512) -> OneStepForecast:
+def forecast_one_step(model: nn.Module, windows: Any, *, sequences: int = 512) -> OneStepForecast:
     """Return the forecasts of all windows, in the units of the data.
 
     Parameters
@@ -835,8 +836,14 @@ def forecast_one_step(model: nn.Module, windows: Any, *, batch_size: int = 512) 
     model : OneStepPyraformer
         Used in evaluation mode, on the device where it is.
     windows : OneStepWindows
-        As in `train_one_step`.
-    batch_size : int, >= 1
+        See `oral4.pyraformer.data.OneStepWindows`.
+    sequences : int, >= 1
+        About how many to forecast at a time.
+
+    Returns
+    -------
+    OneStepForecast
+        Window after window, within a window in the order of time.
 
     Raises
     ------
@@ -845,14 +852,13 @@ def forecast_one_step(model: nn.Module, windows: Any, *, batch_size: int = 512) 
     """
     if not len(windows):
         raise ValueError("there are no windows to forecast; give a longer series or a shorter history")
-    device, was_training = next(model.parameters()).device, model.training
+    weight, was_training = next(model.parameters()), model.training
     parts: list[list[Tensor]] = []
     model.eval()
     try:
         with torch.no_grad():
-            for sequence, target, v in _window_batches(windows, batch_size):
-                mu, sigma = model(sequence.to(device), last_only=True)
-                scale = v.to(torch.float64)
+            for sequence, target, scale in _window_batches(windows, sequences):
+                mu, sigma = model(sequence.to(weight), last_only=True)
                 parts.append([*(part.cpu().to(torch.float64) * scale for part in (mu, sigma, target)), scale])
     finally:
         model.train(was_training)
@@ -878,8 +884,7 @@ def train_one_step(
     model : OneStepPyraformer
         Trained in place.
     train : OneStepWindows
-        Has a length, and ``batch(indices)`` gives (sequence (B, L, fields), target (B,), v (B,)): windows
-        divided by their amplitude v, the last value of the sequence hidden.
+        See `oral4.pyraformer.data.OneStepWindows`.
     config : OneStepConfig, optional
         The official setting if left out.
     validation : OneStepWindows, optional
@@ -899,15 +904,17 @@ def train_one_step(
         If the loss overflows; give the model a ``floor`` for sigma.
     """
     config = OneStepConfig() if config is None else config
-    amplitudes = _check_windows(model, train, "the training set")
+    if config.pretrain and getattr(model, "last_step_only", False):
+        raise ValueError(f"{type(model).__name__} forecasts the last step only, so it has no pretraining; set pretrain=False")
+    _check_windows(model, train, "the training set")
     if validation is not None:
         _check_windows(model, validation, "the validation set")
     drawn = config.windows_per_epoch or len(train)
-    per_epoch = math.ceil(drawn / config.batch_size)
+    per_epoch = math.ceil(drawn / config.windows_per_batch)
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
-        weight = amplitudes if config.by_amplitude else torch.ones_like(amplitudes)
-        for chosen in amplitude_sampler(weight, drawn, generator=generator).split(config.batch_size):
+        amplitude = train.v if config.by_amplitude else np.ones(len(train))
+        for chosen in amplitude_sampler(amplitude, drawn, generator=generator).split(config.windows_per_batch):
             sequence, target, _ = train.batch(chosen)
             yield sequence, target, epoch
 
@@ -918,7 +925,7 @@ def train_one_step(
             return one_step_loss(
                 mu, sigma, pretraining_targets(sequence, target), factor=config.factor, ignore_zero=config.ignore_zero
             )
-        mu, sigma = model(sequence, last_only=True)
+        mu, sigma = model(sequence, last_only=True)  # differs from the official code: it computes all positions and drops them
         k = hard_mining_schedule(epoch, len(target)) if config.hard_mining else None
         return one_step_loss(
             mu, sigma, target, k=k, factor=config.factor, ignore_zero=config.ignore_zero, ranking=config.ranking
@@ -945,16 +952,31 @@ def train_one_step(
 
 # %% ../../nbs/pyraformer/06_probabilistic.ipynb #850508a8
 def _histories(windows: Any) -> tuple[np.ndarray, ...]:
-    """Return the histories (N, L), targets (N,), known covariates of the target (N, m) and amplitudes (N,)."""
+    """Return the histories (N, L), targets (N,), known covariates of the target (N, m) and scales (N,)."""
     parts = list(_window_batches(windows, 4096))
-    sequence, target, v = (torch.cat(column).to(torch.float64) for column in zip(*parts, strict=True))
+    sequence, target, v = (torch.cat(column) for column in zip(*parts, strict=True))
     return sequence[:, :-1, 0].numpy(), target.numpy(), sequence[:, -1, 1:-1].numpy(), v.numpy()
 
 
-def floor_forecasts(train: Any, windows: Any, *, period: int = 24, penalty: float = 1.0) -> dict[str, OneStepForecast]:
+def fit_ridge(train: Any, *, penalty: float = 1.0) -> ARRidge:
+    """Return an autoregressive ridge regression on scaled windows: their histories and the covariates of the target.
+
+    Parameters
+    ----------
+    train : OneStepWindows
+    penalty : float, >= 0
+        See `oral4.pyraformer.baselines.ARRidge`.
+    """
+    past, target, known, _ = _histories(train)
+    pieces = list(np.concatenate([past, target[:, None]], axis=1))
+    rows = [np.tile(row, (past.shape[1] + 1, 1)) for row in known]  # only the row of the target is read
+    return ARRidge(past.shape[1], penalty).fit(pieces, rows)
+
+
+def floor_forecasts(train: Any, windows: Any, *, period: int = 24, ridge: ARRidge | None = None) -> dict[str, OneStepForecast]:
     """Return what the honest floor says: the value a season ago, and a ridge regression on the history.
 
-    Both get a Gaussian error whose standard deviation, in units of the amplitude, is that of their errors on the training windows.
+    Both get a Gaussian error whose standard deviation, in units of the scale, is that of their errors on the training windows.
 
     Parameters
     ----------
@@ -962,8 +984,8 @@ def floor_forecasts(train: Any, windows: Any, *, period: int = 24, penalty: floa
         What to learn from, what to forecast.
     period : int, >= 1
         Steps of a season.
-    penalty : float, >= 0
-        Of the ridge regression `oral4.pyraformer.baselines.ARRidge`.
+    ridge : ARRidge, optional
+        From `fit_ridge`; fitted to ``train`` if left out.
 
     Returns
     -------
@@ -975,17 +997,67 @@ def floor_forecasts(train: Any, windows: Any, *, period: int = 24, penalty: floa
     ValueError
         If the history is shorter than the season.
     """
-    past, target, known, _ = _histories(train)
-    now, y, known_now, v = _histories(windows)
+    past, target, _, _ = _histories(train)
+    now, y, known, v = _histories(windows)
     naive = [seasonal_naive(history, 1, period)[:, 0] for history in (past, now)]
-    spread = float(np.std(target - naive[0]))
-    found = {"seasonal naive": OneStepForecast(naive[1] * v, np.full_like(v, spread) * v, y * v, v)}
-    pieces = list(np.concatenate([past, target[:, None]], axis=1))
-    rows = [np.tile(row, (past.shape[1] + 1, 1)) for row in known]  # only the row of the target is read
-    model = ARRidge(past.shape[1], penalty).fit(pieces, rows)
-    mu, sigma = model.predict(now, known_now)
-    found["AR ridge"] = OneStepForecast(mu * v, sigma * v, y * v, v)
-    return found
+    spread = np.full_like(v, np.std(target - naive[0]))
+    mu, sigma = (fit_ridge(train) if ridge is None else ridge).predict(now, known)
+    return {
+        "seasonal naive": OneStepForecast(naive[1] * v, spread * v, y * v, v),
+        "AR ridge": OneStepForecast(mu * v, sigma * v, y * v, v),
+    }
+
+
+class RidgeSkip(nn.Module):
+    """The one-step model on top of a ridge regression: the network says what the straight line leaves, and how sure it is.
+
+    Not in the paper. ``mu = ridge + s mean`` and ``sigma = s deviation / log 2`` with the ridge's own error s. The last
+    layers of the model are set to 0, so before training this is the ridge, exactly.
+
+    Parameters
+    ----------
+    model : OneStepPyraformer
+        With ``mean="identity"``; changed in place.
+    ridge : ARRidge
+        From `fit_ridge`, on sequences of the same length. It stays as it is.
+
+    Raises
+    ------
+    ValueError
+        If the mean of the model is a softplus, or the lengths differ.
+    """
+
+    positive = False
+    last_step_only = True
+
+    def __init__(self, model: OneStepPyraformer, ridge: ARRidge):
+        super().__init__()
+        if model.positive:
+            raise ValueError("what a ridge leaves has both signs; build OneStepPyraformer(config, mean='identity')")
+        if ridge.history != model.config.history or len(ridge.covariate_weight) != model.config.num_marks:
+            raise ValueError(
+                f"the ridge sees {ridge.history} steps and {len(ridge.covariate_weight)} covariates, the model "
+                f"{model.config.history} and {model.config.num_marks}; fit it to the same windows"
+            )
+        self.model = model
+        with torch.no_grad():
+            model.mean.weight.zero_()
+            model.deviation.weight.zero_()
+        history = torch.as_tensor(ridge.weight, dtype=torch.float32)
+        self.register_buffer("weight", torch.cat([history, torch.as_tensor(ridge.covariate_weight, dtype=torch.float32)]))
+        self.register_buffer("error", torch.tensor([ridge.bias, ridge.sigma], dtype=torch.float32))
+        self.weight: Tensor
+        self.error: Tensor
+
+    def forward(self, sequence: Tensor, *, last_only: bool = True) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the step to be forecast, each (B,)."""
+        if not last_only:
+            raise ValueError("RidgeSkip forecasts the last step only, so it has no pretraining; set pretrain=False")
+        mean, deviation = self.model(sequence, last_only=True)
+        last = sequence[:, -2, 0]
+        known = torch.cat([sequence[:, :-1, 0] - last[:, None], sequence[:, -1, 1:-1]], dim=1)
+        bias, spread = self.error
+        return last + known @ self.weight + bias + spread * mean, spread * deviation / math.log(2)
 
 
 def conformal_interval(
@@ -1007,7 +1079,7 @@ def conformal_interval(
 
 
 def one_step_report(
-    model: nn.Module, train: Any, calibration: Any, test: Any, *, level: float = 0.9, period: int = 24, penalty: float = 1.0
+    model: nn.Module, train: Any, calibration: Any, test: Any, *, level: float = 0.9, period: int = 24
 ) -> dict[str, dict[str, float]]:
     """Return the scores of the model, of a seasonal naive forecast and of an AR ridge, before and after calibration.
 
@@ -1019,8 +1091,8 @@ def one_step_report(
         ``calibration`` between the two in time.
     level : float, in (0, 1)
         What the intervals promise.
-    period, penalty
-        As in `floor_forecasts`.
+    period : int, >= 1
+        Steps of a season.
 
     Returns
     -------
@@ -1033,8 +1105,11 @@ def one_step_report(
     ValueError
         As `floor_forecasts` and `conformal_interval`.
     """
-    calibrating = {"Pyraformer": forecast_one_step(model, calibration), **floor_forecasts(train, calibration, period=period, penalty=penalty)}
-    testing = {"Pyraformer": forecast_one_step(model, test), **floor_forecasts(train, test, period=period, penalty=penalty)}
+    ridge = fit_ridge(train)
+    calibrating, testing = (
+        {"Pyraformer": forecast_one_step(model, part), **floor_forecasts(train, part, period=period, ridge=ridge)}
+        for part in (calibration, test)
+    )
     report = {}
     for name, forecast in testing.items():
         low, high = conformal_interval(calibrating[name], forecast, level)
