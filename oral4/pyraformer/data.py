@@ -5,8 +5,15 @@
 # %% ../../nbs/pyraformer/04_data.ipynb #3232e37b
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from functools import cached_property
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,14 +23,15 @@ import torch
 from torch import Tensor
 
 from ..data.fetch import fetch
-from ..data.limits import Limits, check_table_size
+from ..data.limits import DEFAULT, Limits, check_table_size
 from ..errors import DataError, require
 
 # %% auto #0
 __all__ = ['time_marks', 'SeriesTable', 'load_ett', 'StandardScaler', 'MeanScaler', 'WindowDataset', 'Splits',
            'chronological_splits', 'ett_splits', 'sine_mixture', 'sine_marks', 'make_sines', 'SineSeries',
            'custom_windows', 'OneStepBatch', 'OneStepWindows', 'one_step_marks', 'load_electricity', 'load_solar',
-           'load_app_flow', 'official_windows', 'official_one_step', 'load_pjm', 'one_step_splits']
+           'load_app_flow', 'official_windows', 'official_one_step', 'load_pjm', 'one_step_splits', 'read_table',
+           'calendar_features', 'PanelSeries', 'Panel', 'check_frame', 'future_index', 'check_future', 'check_ids']
 
 # %% ../../nbs/pyraformer/04_data.ipynb #4b55e3d6
 _MARKS = {  # the fields of each time mark, coarse to fine; the frequency says where to begin
@@ -81,6 +89,8 @@ def _calendar(index: Any) -> dict[str, np.ndarray]:
         "day_of_year": (days - years).astype(np.int64) + 1,
         "week": (thursday - thursday.astype("datetime64[Y]")).astype(np.int64) // 7 + 1,
         "month": months.astype(np.int64) % 12 + 1,
+        "days_in_month": ((months + 1).astype("datetime64[D]") - months.astype("datetime64[D]")).astype(np.int64),
+        "days_in_year": ((years + 1).astype("datetime64[D]") - years.astype("datetime64[D]")).astype(np.int64),
     }
 
 
@@ -298,6 +308,7 @@ class MeanScaler:
 # %% ../../nbs/pyraformer/04_data.ipynb #7d29f2c1
 def _series_list(name: str, arrays: Any, count: int | None = None) -> list[np.ndarray]:
     """Return a list of float64 arrays (T, c), from one array, a stack of them, or a sequence."""
+    arrays = arrays.to_numpy() if hasattr(arrays, "to_numpy") else arrays
     single = isinstance(arrays, np.ndarray | Tensor) and arrays.ndim == 2
     parts = [np.array(part, dtype=np.float64) for part in ([arrays] if single else arrays)]  # copies
     if not parts or any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] for part in parts):
@@ -1263,3 +1274,746 @@ def one_step_splits(
         for part, (low, high) in spans.items()
     )
     return train, val, test
+
+# %% ../../nbs/pyraformer/04_data.ipynb #b82442b9
+def read_table(
+    path: str | PathLike[str], *, sep: str | None = None, decimal: str = ".", limits: Limits = DEFAULT
+) -> Any:
+    """Return the table in a file as a pandas.DataFrame, after a look at its size.
+
+    Parameters
+    ----------
+    path : path
+        By its suffix: ``.csv``, ``.txt`` (commas), ``.tsv``, ``.tab`` (tabs) or ``.parquet``, ``.pq``. UTF-8, not compressed.
+    sep : str, optional
+        Mark between columns of a text file, where it is another, such as ``";"``.
+    decimal : str
+        The decimal mark of a text file.
+    limits : oral4.data.limits.Limits
+        Caps on bytes, rows, columns and cells, checked before a value is read.
+
+    Raises
+    ------
+    oral4.errors.DataError
+        If there is no such file, its kind is unknown, it is over a limit, or it cannot be read.
+    oral4.errors.MissingExtra
+        Without pandas.
+
+    Examples
+    --------
+    >>> read_table("table.xlsx")
+    Traceback (most recent call last):
+    oral4.errors.DataError: table table.xlsx: of the kind '.xlsx'; .csv, .txt, .tsv, .tab, .parquet and .pq can be read
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in (".parquet", ".pq"):
+        return _read_parquet(Path(path), limits)
+    if suffix not in (".csv", ".txt", ".tsv", ".tab"):
+        raise DataError(f"table {path}: of the kind {suffix!r}; .csv, .txt, .tsv, .tab, .parquet and .pq can be read")
+    mark = sep or ("\t" if suffix in (".tsv", ".tab") else ",")
+    frame = _read_csv(path, limits, sep=mark, decimal=decimal)
+    if frame.shape[1] == 1 and (other := next((m for m in ",;\t|" if m in str(frame.columns[0])), None)):
+        raise DataError(
+            f"table {path}: its only column is {str(frame.columns[0])[:60]!r}; its mark looks like {other!r}: pass sep={other!r}"
+            + (" and, if its numbers have decimal commas, decimal=','" if other == ";" else "")
+        )
+    check_table_size(frame, limits=limits)
+    return frame
+
+
+def _read_parquet(path: Path, limits: Limits) -> Any:
+    require("pandas", extra="forecast")
+    if not path.is_file():
+        raise DataError(f"table {path}: there is no such plain file")
+    limits.cap(f"table {path}", path.stat().st_size, "bytes", "table_bytes")
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(f"table {path}: reading parquet needs pyarrow: pip install pyarrow, or save the table as .csv") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            head = file.metadata
+            shape = (head.num_rows, len(file.schema_arrow.names))
+            size = sum(head.row_group(group).total_byte_size for group in range(head.num_row_groups))
+            check_table_size(np.broadcast_to(np.zeros(1), shape), limits=limits)
+            limits.cap(f"table {path}", size, "bytes unpacked", "table_bytes")
+            return file.read().to_pandas()
+    except DataError as error:
+        raise DataError(f"table {path}: {error}") from None
+    except Exception as error:  # on damage pyarrow raises a dozen kinds, OSError and ValueError among them
+        raise DataError(f"table {path}: it is damaged or no parquet file: {error}") from error
+
+# %% ../../nbs/pyraformer/04_data.ipynb #e9888090
+_OLD_NAMES = {
+    "H": "h", "BH": "bh", "CBH": "cbh", "T": "min", "S": "s", "L": "ms", "U": "us", "N": "ns", "M": "ME", "BM": "BME", "SM": "SME",
+    "CBM": "CBME", "Q": "QE", "BQ": "BQE", "A": "YE", "Y": "YE", "BA": "BYE", "BY": "BYE", "AS": "YS", "BAS": "BYS",
+}  # fmt: skip
+
+
+def _offset(freq: Any) -> Any:
+    """Return the pandas offset of a frequency; names that pandas has given up still count."""
+    pandas = require("pandas", extra="forecast")
+    if isinstance(freq, str) and (parts := re.fullmatch(r"(\d*)([A-Za-z]+)(-[A-Za-z]+)?", freq.strip())):
+        number, unit, anchor = parts.groups(default="")
+        freq = number + _OLD_NAMES.get(unit, unit) + anchor
+    try:
+        offset = pandas.tseries.frequencies.to_offset(freq)
+    except (ValueError, TypeError):
+        offset = None
+    if offset is None or offset.n < 1:
+        raise ValueError(
+            f"freq={freq!r} is not a frequency; choose a name of pandas such as 'min', '15min', 'h', 'D', 'B', 'W-SUN', 'MS', 'ME', "
+            "'QS', 'YS', or a whole number for integer time"
+        )
+    return offset
+
+
+def _step_seconds(freq: Any) -> float:
+    """Return about how long one step is, in seconds; exact for steps of fixed length."""
+    pandas, offset = require("pandas", extra="forecast"), _offset(freq)
+    begin = pandas.Timestamp("2001-01-02") + offset  # a Tuesday: the next working day is the next day
+    return (begin + offset - begin).total_seconds()
+
+
+def calendar_features(index: Any, freq: Any) -> np.ndarray:
+    """Return what a calendar says of each stamp: a sine and a cosine for each cycle that is longer than a step.
+
+    Unlike `time_marks`, the end of a cycle lies beside its beginning: 23:00 beside midnight, December beside January. The phase
+    is exact: half past three is between three and four.
+
+    Parameters
+    ----------
+    index : DatetimeIndex, array of datetime64, or integers, shape (T,)
+        With a time zone the local clock counts. Integers have no calendar: the result has no columns.
+    freq : str, pandas offset or int
+        The step.
+
+    Returns
+    -------
+    ndarray, shape (T, 2 k), float64, in [-0.5, 0.5]
+        Sine and cosine of the minute, hour, day, week, month and year, as far as they are longer than a step, in this order. A
+        month counts for steps below 28 days, a year for steps below 365. Yearly steps have no columns.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``index`` holds neither dates nor integers, or ``freq`` is no frequency.
+    oral4.errors.MissingExtra
+        Without pandas.
+
+    Examples
+    --------
+    >>> noon = np.array(["2020-01-01T12"], dtype="datetime64[h]")
+    >>> calendar_features(noon, "h").shape, calendar_features(noon, "MS").shape, calendar_features(np.arange(3), 1).shape
+    ((1, 8), (1, 2), (3, 0))
+    """
+    if getattr(index, "tz", None) is None and np.asarray(index).dtype.kind in "iu":
+        return np.zeros((len(index), 0))
+    step, fields = _step_seconds(freq), _calendar(index)
+    of_day = 3600 * fields["hour"] + 60 * fields["minute"] + fields["second"]
+    day = of_day / 86_400
+    cycles = [
+        (60, fields["second"] / 60),
+        (3600, of_day % 3600 / 3600),
+        (86_400, day),
+        (7 * 86_400, (fields["weekday"] + day) / 7),
+        (28 * 86_400, (fields["day"] - 1 + day) / fields["days_in_month"]),
+        (365 * 86_400, (fields["day_of_year"] - 1 + day) / fields["days_in_year"]),
+    ]
+    angles = [2 * np.pi * phase for length, phase in cycles if step < length]
+    if not angles:
+        return np.zeros((len(day), 0))
+    return 0.5 * np.stack([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+
+# %% ../../nbs/pyraformer/04_data.ipynb #c374ed4f
+@dataclass(frozen=True, eq=False)
+class PanelSeries:
+    """One series of a `Panel`: regular, sorted, checked."""
+
+    id: Any
+    """Its name, as in the table."""
+    index: Any
+    """Its time axis, a pandas.DatetimeIndex or pandas.RangeIndex of T stamps, one step apart."""
+    y: np.ndarray
+    """Shape (T,), float64. NaN only with ``impute="mask"``."""
+    observed: np.ndarray
+    """Shape (T,), bool: False where the table had no value."""
+    past: np.ndarray
+    """Shape (T, P), float64: covariates known up to now."""
+    future: np.ndarray
+    """Shape (T, F), float64: covariates known ahead."""
+    static: np.ndarray
+    """Shape (S,), float64: numbers that belong to the series."""
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Checked series with one step in common; what `check_frame` returns."""
+
+    series: tuple[PanelSeries, ...]
+    freq: Any
+    """The step: a name of pandas, or a number for integer time."""
+    time: str
+    """Names of the columns of time, series and value, for tables that go out."""
+    id: str
+    target: str
+    past: tuple[str, ...] = ()
+    """Names of the covariates."""
+    future: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    """Columns of the table that were not used."""
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def __iter__(self) -> Iterator[PanelSeries]:
+        return iter(self.series)
+
+    @property
+    def ids(self) -> list[Any]:
+        """The names of the series, in their order."""
+        return [each.id for each in self.series]
+
+    @cached_property
+    def _by_id(self) -> dict[Any, PanelSeries]:
+        return {each.id: each for each in self.series}
+
+    def __getitem__(self, name: Any) -> PanelSeries:
+        if name not in self._by_id:
+            raise KeyError(f"there is no series {name!r}; there are {_some(self.ids)}")
+        return self._by_id[name]
+
+    def drop_last(self, steps: int) -> Panel:
+        """Return the panel without the last steps of every series, as it was known then; for backtests."""
+        shortest = min(map(len, self.series))
+        if not 0 <= steps < shortest:
+            raise ValueError(f"steps={steps} to drop; the shortest series has {shortest}, so 0 to {shortest - 1} are allowed")
+        cut = [
+            replace(s, **{name: getattr(s, name)[: len(s) - steps].copy() for name in ("index", "y", "observed", "past", "future")})
+            for s in self.series
+        ]
+        return replace(self, series=tuple(cut))
+
+    def frame(self) -> Any:
+        """Return the series as one long pandas.DataFrame; `check_frame` makes the same panel of it."""
+        pandas = require("pandas", extra="forecast")
+        parts = []
+        for s in self.series:
+            columns = {self.id: [s.id] * len(s), self.time: s.index, self.target: s.y}
+            for names, block in ((self.past, s.past), (self.future, s.future), (self.static, np.tile(s.static, (len(s), 1)))):
+                columns.update({name: block[:, number] for number, name in enumerate(names)})
+            parts.append(pandas.DataFrame(columns))
+        return pandas.concat(parts, ignore_index=True)
+
+
+def _some(names: Any, most: int = 5) -> str:
+    """Return the first few of many names for a message."""
+    names = list(names)
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(repr(name) if isinstance(name, str) else str(name) for name in names[:most]) + rest
+
+# %% ../../nbs/pyraformer/04_data.ipynb #ab51a91f
+def _numbers(column: Any, what: str) -> np.ndarray:
+    """Return a column of numbers as float64, NaN where it is empty."""
+    pandas = require("pandas", extra="forecast")
+    types = pandas.api.types
+    if types.is_bool_dtype(column.dtype) or types.is_complex_dtype(column.dtype):
+        raise DataError(f"{what} has the type {column.dtype}; real numbers are needed: convert it with .astype(float) if that is meant")
+    if types.is_numeric_dtype(column.dtype):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    if types.is_object_dtype(column.dtype) or types.is_string_dtype(column.dtype):
+        for row, value in enumerate(column.tolist()):
+            if isinstance(value, bool | np.bool_) or not (isinstance(value, Real | Decimal) or pandas.isna(value) is True):
+                hint = " (decimal commas: .str.replace(',', '.') first)" if isinstance(value, str) and "," in value else ""
+                raise DataError(
+                    f"{what} holds {value!r} ({type(value).__name__}) in row {row:,}; numbers are needed: convert it with "
+                    f"pandas.to_numeric(...){hint}, which also says what it cannot read"
+                )
+        return np.array([np.nan if pandas.isna(value) else float(value) for value in column.tolist()])
+    raise DataError(f"{what} has the type {column.dtype}; numbers are needed")
+
+
+def _times(column: Any, what: str) -> Any:
+    """Return a column of dates as a DatetimeIndex, or of whole numbers as an Index of int64."""
+    pandas = require("pandas", extra="forecast")
+    types = pandas.api.types
+    if isinstance(column.dtype, pandas.PeriodDtype):
+        column = column.to_timestamp() if isinstance(column, pandas.PeriodIndex) else column.dt.to_timestamp()
+    if types.is_object_dtype(column.dtype) or types.is_string_dtype(column.dtype):
+        try:
+            with warnings.catch_warnings():  # of zones that differ pandas 2 warns, pandas 3 raises
+                warnings.simplefilter("error", FutureWarning)
+                column = pandas.to_datetime(column, format="ISO8601")
+        except (ValueError, TypeError, OverflowError, FutureWarning) as error:
+            reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+            raise DataError(
+                f"{what} holds text that is no date of the form YYYY-MM-DD HH:MM:SS, all in one time zone or none: {reason}. Convert "
+                "it yourself, since 01/02 may be January or February: pandas.to_datetime(frame[...], format='%d/%m/%Y'), or utc=True"
+            ) from error
+    if types.is_integer_dtype(column.dtype):
+        if pandas.isna(column).any():
+            raise DataError(f"{what} is empty in {int(pandas.isna(column).sum()):,} rows; remove them")
+        whole = np.asarray(column, dtype=np.int64)
+        if len(whole) and 19000101 <= whole.min() <= whole.max() <= 21001231 and ((whole % 100 - 1) % 100 < 31).all():
+            raise DataError(f"{what} holds {whole[0]}, which looks like a date: convert it with pandas.to_datetime(..., format='%Y%m%d')")
+        return pandas.Index(whole)
+    if not types.is_datetime64_any_dtype(column.dtype):
+        raise DataError(
+            f"{what} has the type {column.dtype}; dates or whole numbers are needed: convert it with pandas.to_datetime(...) or .astype(int)"
+        )
+    index = pandas.DatetimeIndex(column)
+    if index.hasnans:
+        raise DataError(f"{what} is empty (NaT) in {int(index.isna().sum()):,} rows, first in row {int(index.isna().argmax()):,}; remove them")
+    return index
+
+
+def _summer_time(stamps: Any) -> str:
+    """Return a hint if all these stamps lie where clocks are changed, else nothing."""
+    if getattr(stamps, "tz", 0) is not None or len(stamps) == 0:  # integers, or the zone is known
+        return ""
+    changes = (stamps.day_of_week == 6) & stamps.month.isin([3, 4, 9, 10, 11]) & (stamps.hour <= 3)
+    if not changes.all():
+        return ""
+    return (
+        " These are nights in which clocks change: give the stamps their zone, as .dt.tz_localize('Europe/Berlin', ambiguous='infer') "
+        "does for Berlin."
+    )
+
+# %% ../../nbs/pyraformer/04_data.ipynb #ae686534
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a table, whatever its form was, each with the number of its series; sorted by series and time."""
+
+    ids: list[Any]
+    series: np.ndarray
+    times: Any
+    y: np.ndarray
+    blocks: dict[str, np.ndarray]
+    wide: bool
+    keys: list[str]
+    """The columns that tell rows apart; empty if the dates are the index."""
+    unused: tuple[str, ...] = ()
+
+    def parts(self) -> Iterator[tuple[Any, slice]]:
+        ends = np.searchsorted(self.series, np.arange(len(self.ids) + 1))
+        for name, low, high in zip(self.ids, ends, ends[1:], strict=False):
+            yield name, slice(int(low), int(high))
+
+
+_FORMS = (
+    "a long table with a column of dates and one of values ({time!r} and {target!r}, and {id!r} if there are several series), "
+    "a table with dates as its index and a column for each series, or the same with the dates in a column 'date'"
+)
+
+
+def _rows(frame: Any, time: str, id: str, target: str, blocks: dict[str, tuple[str, ...]], limits: Limits) -> _Rows:
+    """Recognise the form of a table and return its rows."""
+    pandas = require("pandas", extra="forecast")
+    if isinstance(frame, pandas.Series):
+        frame = frame.to_frame(target if frame.name is None else frame.name)
+    if not isinstance(frame, pandas.DataFrame):
+        raise TypeError(f"frame is a {type(frame).__name__}; a pandas.DataFrame is needed (read_table makes one of a file)")
+    check_table_size(frame, limits=limits)
+    if frame.shape[0] == 0 or frame.shape[1] == 0:
+        raise DataError(f"the table is empty: {frame.shape[0]} rows, {frame.shape[1]} columns")
+    if {id, time} & set(frame.index.names) - set(frame.columns):
+        frame = frame.reset_index()
+    if not frame.columns.is_unique:
+        raise DataError(f"columns come twice: {_some(frame.columns[frame.columns.duplicated()].unique())}; rename or drop them")
+    dated = isinstance(frame.index, pandas.DatetimeIndex | pandas.PeriodIndex)
+    column = time if time in frame.columns else "date" if "date" in frame.columns and not dated else None
+    if column is None and not dated:
+        raise DataError(
+            f"no column {time!r}; the columns are {_some(frame.columns, 8)}. Recognised are {_FORMS.format(time=time, id=id, target=target)}. "
+            "Rename columns, or say their names with time=, id=, target="
+        )
+    times = _times(frame[column], f"column {column!r}") if column is not None else _times(frame.index, "the index")
+    given = [name for names in blocks.values() for name in names]
+    if absent := [name for name in given if name not in frame.columns]:
+        raise DataError(f"no column {_some(absent)}, named as a covariate; the columns are {_some(frame.columns, 8)}")
+    covariates = {
+        kind: np.stack([_numbers(frame[name], f"column {name!r}") for name in names], axis=1) if names else np.zeros((len(frame), 0))
+        for kind, names in blocks.items()
+    }
+    taken = {column, id, target, *given}
+    if target in frame.columns:
+        return _long_rows(frame, times, column, _numbers(frame[target], f"column {target!r}"), covariates, id, taken)
+    if id in frame.columns:
+        raise DataError(f"no column {target!r}; the columns are {_some(frame.columns, 8)}. Say the column of values with target=")
+    names = [name for name in frame.columns if name not in taken]
+    columns, wrong = [], []
+    for name in names:
+        try:
+            columns.append(_numbers(frame[name], f"column {name!r}"))
+        except DataError:
+            wrong.append(name)
+    if wrong:
+        raise DataError(
+            f"every column beside the dates is taken as a series, but these hold no numbers: {_some(wrong, 8)}; convert them "
+            "with pandas.to_numeric(...), or drop them"
+        )
+    if not names:
+        raise DataError(f"no column beside the dates is left as a series; the columns are {_some(frame.columns, 8)}")
+    series = np.repeat(np.arange(len(names)), len(frame))
+    order = np.tile(np.argsort(times.asi8 if hasattr(times, "asi8") else times, kind="stable"), len(names))
+    y = np.concatenate(columns)
+    shared = {kind: block[order] for kind, block in covariates.items()}
+    return _Rows(names, series, times[order], y[order + series * len(frame)], shared, True, [] if column is None else [column])
+
+
+def _long_rows(
+    frame: Any, times: Any, column: Any, y: np.ndarray, covariates: dict[str, np.ndarray], id: str, taken: set[Any]
+) -> _Rows:
+    pandas = require("pandas", extra="forecast")
+    if id in frame.columns:
+        series, names = pandas.factorize(frame[id])
+        if (series < 0).any():
+            raise DataError(f"column {id!r} is empty in {int((series < 0).sum()):,} rows, first in row {int((series < 0).argmax()):,}")
+        ids = names.tolist()
+    else:
+        series, ids = np.zeros(len(frame), dtype=np.int64), ["y"]
+    order = np.lexsort((times.asi8 if hasattr(times, "asi8") else np.asarray(times), series))
+    unused = tuple(str(name) for name in frame.columns if name not in taken)
+    blocks = {kind: block[order] for kind, block in covariates.items()}
+    keys = [name for name in (id, column) if name in frame.columns] if column is not None else []
+    return _Rows(ids, series[order], times[order], y[order], blocks, False, keys, unused)
+
+# %% ../../nbs/pyraformer/04_data.ipynb #fcf6fadb
+def _refuse_duplicates(rows: _Rows, target: str) -> None:
+    stamps = rows.times.asi8 if hasattr(rows.times, "asi8") else np.asarray(rows.times)
+    again = 1 + np.flatnonzero((np.diff(rows.series) == 0) & (np.diff(stamps) == 0))
+    if len(again) == 0:
+        return
+    first = int(again[0])
+    chosen = "" if rows.wide else f"[{target!r}]"
+    if rows.keys:
+        advice = f"frame.groupby({rows.keys}, as_index=False){chosen}.mean(), or frame.drop_duplicates({rows.keys})"
+    else:
+        advice = f"frame.groupby(level=0){chosen}.mean(), or frame[~frame.index.duplicated()]"
+    count = len(again) // len(rows.ids) if rows.wide else len(again)
+    raise DataError(
+        f"stamps that come more than once: {count:,}. Series {rows.ids[rows.series[first]]!r} has {rows.times[first]} with the values "
+        f"{rows.y[first - 1]:g} and {rows.y[first]:g}. Decide which counts: {advice}.{_summer_time(rows.times[again])}"
+    )
+
+
+_MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
+_WEEKDAYS = ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN")
+
+
+def _monthly(index: Any) -> list[str]:
+    """Return the frequencies of stamps that all begin, or all end, a month, by the calendar or by working days."""
+    gap = int(np.gcd.reduce(np.diff(12 * index.year.to_numpy() + index.month.to_numpy())))
+    month, names = int(index.month[0]), []
+    for business, kind in (("", "S"), ("", "E"), ("B", "S"), ("B", "E")):
+        if not all(map(_offset(f"{business}M{kind}").is_on_offset, index.normalize())):
+            continue
+        if gap % 12 == 0:
+            names.append(f"{gap // 12 if gap > 12 else ''}{business}Y{kind}-{_MONTHS[month - 1]}")
+        elif gap == 3:  # named by the first month of a year of quarters in which one begins, by the last in which one ends
+            anchor = (month - 1) % 3 + (0 if kind == "S" else 9)
+            names.append(f"{business}Q{kind}-{_MONTHS[anchor]}")
+        else:
+            names.append(f"{gap if gap > 1 else ''}{business}M{kind}")
+    return names
+
+
+def _infer(index: Any, what: str) -> list[Any]:
+    """Return the frequencies that fit one sorted series of at least three stamps, gaps allowed: one, or two that do equally."""
+    pandas = require("pandas", extra="forecast")
+    if not hasattr(index, "asi8"):
+        steps, counts = np.unique(np.diff(np.asarray(index)), return_counts=True)
+        return [int(steps[counts.argmax()]) if 2 * counts.max() > counts.sum() else int(np.gcd.reduce(steps))]
+    wall = index.tz_localize(None) if index.tz is not None else index
+    steps, counts = np.unique(np.diff(wall.asi8), return_counts=True)
+    common = pandas.Timedelta(int(steps[counts.argmax()]), unit=index.unit)
+    day, weekdays = pandas.Timedelta(days=1), set(wall.day_of_week)
+    if common == day and max(weekdays) < 5:  # no weekend among the days: were they left out, or is the week too short?
+        return ["B"] if (np.diff(wall.day_of_week) < 0).any() else ["D", "B"]
+    if common >= 28 * day and (names := _monthly(wall)):
+        return names
+    if 2 * counts.max() <= counts.sum():
+        order = np.argsort(-counts)[:3]
+        shown = ", ".join(f"{pandas.Timedelta(int(steps[i]), unit=index.unit)} ({counts[i]:,} times)" for i in order)
+        raise DataError(f"{what}: no step is the usual one, the commonest are {shown}; pass freq=, or bring the stamps onto a grid first")
+    if common == 7 * day and len(weekdays) == 1:
+        return [f"W-{_WEEKDAYS[wall.day_of_week[0]]}"]
+    if common % day == 0 * day:
+        return [_offset(f"{common // day}D").freqstr]
+    return [_offset(common).freqstr]
+
+
+def _common_step(rows: _Rows) -> Any:
+    """Return the frequency that all series share."""
+    found: dict[Any, tuple[Any, set[Any]]] = {}
+    for name, part in rows.parts():
+        if part.stop - part.start > 2:
+            fits = _infer(rows.times[part], f"series {name!r}")
+            found.setdefault(tuple(fits), (name, set(fits)))
+    if not found:
+        raise DataError("no series has the three stamps that tell a frequency; pass freq=")
+    shared = set.intersection(*(fits for _, fits in found.values()))
+    if not shared:
+        shown = ", ".join(f"{' or '.join(map(repr, fits))} (series {name!r})" for fits, (name, _) in list(found.items())[:4])
+        raise DataError(f"the series seem to have different steps: {shown}; pass freq=, or check them apart")
+    if len(shared) > 1:
+        raise DataError(f"the stamps fit freq={' and freq='.join(map(repr, sorted(shared)))} alike; pass the one that is meant")
+    return shared.pop()
+
+
+def _grid(index: Any, freq: Any, what: str, limits: Limits) -> tuple[Any, np.ndarray]:
+    """Return the regular axis from the first to the last stamp, and the place of every stamp on it."""
+    pandas = require("pandas", extra="forecast")
+    whole = not hasattr(index, "asi8")
+    span = float(index[-1] - index[0]) / freq if whole else (index[-1] - index[0]).total_seconds() / _step_seconds(freq)
+    limits.cap(f"{what}: the axis from {index[0]} to {index[-1]} in steps of {freq}", int(span) + 1, "steps", "table_rows")
+    if whole:
+        full = pandas.RangeIndex(int(index[0]), int(index[-1]) + 1, freq)
+    else:
+        full = pandas.date_range(index[0], index[-1], freq=_offset(freq)).as_unit(index.unit)
+    place = full.get_indexer(index)
+    if (place < 0).any():
+        off, count = index[int((place < 0).argmax())], int((place < 0).sum())
+        other = ""
+        if len(index) > 2:
+            with suppress(DataError):
+                guess = _infer(index, what)[0]
+                other = f"; the stamps look like freq={guess!r}" if guess != freq else ""
+        raise DataError(
+            f"{what}: {count:,} of {len(index):,} stamps are not on the grid of freq={freq!r}, the first is {off}{other}. Pass the true "
+            "freq, or bring the stamps onto the grid with .dt.round or a resample"
+        )
+    return full, place
+
+# %% ../../nbs/pyraformer/04_data.ipynb #06d40a16
+def check_frame(
+    frame: Any,
+    *,
+    freq: Any = None,
+    impute: Literal["ffill", "linear", "mask"] | None = None,
+    time: str = "ds",
+    id: str = "unique_id",
+    target: str = "y",
+    past: Sequence[str] = (),
+    future: Sequence[str] = (),
+    static: Sequence[str] = (),
+    min_length: int = 1,
+    limits: Limits = DEFAULT,
+) -> Panel:
+    """Return the series of a table, regular and checked, or say what is wrong with it.
+
+    Three forms are recognised. **Long**: a column of dates, one of values and, if there are several series, one of their names.
+    **Dates as index**: each column is a series (or ``target``, if there is a column of that name). **Wide**: the same with the dates
+    in a column ``date`` or ``time``. Rows may stand in any order: once no stamp comes twice, their order says nothing.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame or pandas.Series
+        The table. Dates of any unit, with or without a time zone, ISO text, periods, or whole numbers that count steps.
+    freq : str, pandas offset or int, optional
+        The step. Inferred if left out, gaps or not; an error if it cannot be told.
+    impute : {"ffill", "linear", "mask"}, optional
+        What to do with missing stamps and values: the last value before, a straight line between the neighbours, or NaN in ``y``.
+        Left out, they are an error. A line looks past the gap; the other two never do. Covariates are filled by a line for
+        ``"linear"``, else by the last value. Missing values at the beginning of a series are cut off.
+    time, id, target : str
+        Names of the columns of dates, series and values.
+    past, future, static : sequence of str
+        Columns of covariates: known up to now, known ahead, constant for each series. In the wide form all series share them.
+    min_length : int
+        Fewer steps in a series are an error.
+    limits : oral4.data.limits.Limits
+        Caps on the table and on each axis: two stamps a second and a century apart are a short table and a long series.
+
+    Returns
+    -------
+    Panel
+        Series in the order of their first row. In the wide form each begins and ends with its own numbers.
+
+    Raises
+    ------
+    TypeError
+        If ``frame`` is no table.
+    ValueError
+        If an argument is not allowed.
+    oral4.errors.DataError
+        If a column is missing or holds no numbers or dates; if stamps come twice, are missing or off the grid; if values are missing
+        or infinite; if the step cannot be told; if there are too few rows, or more than the limits allow.
+    oral4.errors.MissingExtra
+        Without pandas.
+
+    Examples
+    --------
+    >>> import pandas
+    >>> stamps = pandas.date_range("2024-01-31", periods=4, freq="ME")
+    >>> panel = check_frame(pandas.DataFrame({"unique_id": "shop", "ds": stamps, "y": [3.0, 1.0, 4.0, 1.0]}))
+    >>> panel.freq, panel["shop"].y.tolist()
+    ('ME', [3.0, 1.0, 4.0, 1.0])
+    """
+    if impute not in (None, "ffill", "linear", "mask"):
+        raise ValueError(f"{impute=}; choose None, 'ffill', 'linear' or 'mask'")
+    names = {}
+    for kind, given in {"past": past, "future": future, "static": static}.items():
+        if isinstance(given, str):
+            raise ValueError(f"{kind}={given!r} is one text; give a list of names, [{given!r}]")
+        names[kind] = tuple(given)
+    if len(set().union(*names.values())) < sum(map(len, names.values())) or {time, id, target} & set().union(*names.values()):
+        raise ValueError(f"past={past}, future={future}, static={static}: a column may be named once, and not {time!r}, {id!r} or {target!r}")
+    rows = _rows(frame, time, id, target, names, limits)
+    whole = not hasattr(rows.times, "asi8")
+    if freq is not None and whole and (isinstance(freq, bool) or not isinstance(freq, Integral) or freq < 1):
+        raise ValueError(f"{freq=}, but time is in whole numbers; give a whole number from 1 on, or convert the column to dates")
+    if freq is not None and not whole:
+        if isinstance(freq, Integral):
+            raise ValueError(f"{freq=}, but time is in dates; give a name of pandas such as 'h' or 'D'")
+        freq = _offset(freq).freqstr
+    _refuse_duplicates(rows, target)
+    freq = _common_step(rows) if freq is None else freq
+    series = [_regular(name, rows, part, freq, impute, names, min_length, limits) for name, part in rows.parts()]
+    limits.cap("the series together", sum(map(len, series)), "steps", "table_cells")
+    return Panel(tuple(series), freq, time, id, target, **names, unused=rows.unused)
+
+
+def _regular(
+    name: Any, rows: _Rows, part: slice, freq: Any, impute: str | None, names: dict[str, tuple[str, ...]], min_length: int, limits: Limits
+) -> PanelSeries:
+    """Return one series on its regular axis."""
+    what, y = f"series {name!r}", rows.y[part]
+    if np.isinf(y).any():
+        raise DataError(f"{what}: {int(np.isinf(y).sum()):,} values are infinite, the first at {rows.times[part][np.isinf(y).argmax()]}; replace them")
+    known = np.flatnonzero(~np.isnan(y))
+    if len(known) == 0:
+        raise DataError(f"{what} has no value in {len(y):,} rows; leave it out")
+    low = known[0] if rows.wide or impute else 0
+    high = known[-1] + 1 if rows.wide else len(y)
+    part = slice(part.start + int(low), part.start + int(high))
+    y, stamps = rows.y[part], rows.times[part]
+    index, place = _grid(stamps, freq, what, limits)
+    regular = np.full(len(index), np.nan)
+    regular[place] = y
+    observed = ~np.isnan(regular)
+    if impute is None and not observed.all():
+        gaps = np.setdiff1d(np.arange(len(index)), place)
+        empty = int((~observed).sum()) - len(gaps)
+        raise DataError(
+            f"{what}: {int((~observed).sum()):,} of {len(index):,} values are missing (stamps absent: {len(gaps):,}, NaN: {empty:,}), the first at "
+            f"{index[int((~observed).argmax())]}; fill them, or pass impute='ffill', 'linear' or 'mask'."
+            f"{_summer_time(index[gaps]) if empty == 0 else ''}"
+        )
+    if len(index) < min_length:
+        raise DataError(f"{what} has {len(index):,} steps, but {min_length:,} are needed; give more rows, or shorten history or horizon")
+    blocks = {}
+    for kind in ("past", "future"):
+        block = np.full((len(index), len(names[kind])), np.nan)
+        block[place] = rows.blocks[kind][part]
+        for number, label in enumerate(names[kind]):
+            column, bad = block[:, number], ~np.isfinite(block[:, number])
+            if bad.all() or np.isinf(column).any() or (bad.any() and impute is None):
+                raise DataError(
+                    f"{what}: covariate {label!r} is missing or infinite at {int(bad.sum()):,} of {len(index):,} stamps, the first "
+                    f"is {index[int(bad.argmax())]}; fill it" + ("" if bad.all() else ", or pass impute=")
+                )
+            block[:, number] = _fill(column, "linear" if impute == "linear" else "ffill")
+        blocks[kind] = block
+    fixed = rows.blocks["static"][part]
+    for number, label in enumerate(names["static"]):
+        if not np.isfinite(fixed[:, number]).all() or np.ptp(fixed[:, number]) > 0:
+            raise DataError(f"{what}: static covariate {label!r} must be one number, got {_some(np.unique(fixed[:, number]).tolist())}")
+    return PanelSeries(name, index, _fill(regular, impute or "nan"), observed, **blocks, static=fixed[0].copy())
+
+# %% ../../nbs/pyraformer/04_data.ipynb #d75041a0
+def future_index(panel: Panel, horizon: int) -> dict[Any, Any]:
+    """Return the next stamps of every series, by its name: what a forecast of ``horizon`` steps is for.
+
+    Examples
+    --------
+    >>> import pandas
+    >>> days = pandas.DataFrame({"y": [1.0, 2.0, 3.0]}, pandas.bdate_range("2024-01-03", periods=3))
+    >>> future_index(check_frame(days, freq="B"), 2)["y"].strftime("%a %d").tolist()
+    ['Mon 08', 'Tue 09']
+    """
+    pandas = require("pandas", extra="forecast")
+    if horizon < 1:
+        raise ValueError(f"{horizon=}; at least 1 step is needed")
+    ahead = {}
+    for each in panel:
+        last = each.index[-1]
+        if isinstance(panel.freq, int):
+            ahead[each.id] = pandas.RangeIndex(last + panel.freq, last + panel.freq * (horizon + 1), panel.freq)
+        else:
+            ahead[each.id] = pandas.date_range(last, periods=horizon + 1, freq=_offset(panel.freq))[1:].as_unit(each.index.unit)
+    return ahead
+
+
+def check_future(panel: Panel, frame: Any, horizon: int) -> dict[Any, np.ndarray]:
+    """Return the covariates known ahead for the next steps of every series, each (horizon, F).
+
+    Parameters
+    ----------
+    panel : Panel
+        What came before.
+    frame : pandas.DataFrame or None
+        Columns of dates, series and covariates as in the table of the panel. Without the column of series all share the rows. Other
+        rows and columns do no harm. None will do if the panel has no covariates known ahead.
+    horizon : int, >= 1
+        Steps to predict.
+
+    Raises
+    ------
+    oral4.errors.DataError
+        If columns, stamps or values are missing; the message names them.
+    """
+    ahead, names = future_index(panel, horizon), list(panel.future)
+    if not names:
+        return {name: np.zeros((horizon, 0)) for name in ahead}
+    if frame is None:
+        raise DataError(f"the covariates {_some(names)} are needed for the {horizon:,} steps to predict; pass a table that has them")
+    if panel.time not in frame.columns:
+        frame = frame.reset_index(names=panel.time)
+    if absent := [name for name in names if name not in frame.columns]:
+        raise DataError(f"the covariates {_some(absent)} are missing; the columns are {_some(frame.columns, 8)}")
+    times, axis = _times(frame[panel.time], f"column {panel.time!r}"), panel.series[0].index
+    if (getattr(times, "tz", None) is None) != (getattr(axis, "tz", None) is None) or hasattr(times, "asi8") != hasattr(axis, "asi8"):
+        raise DataError(f"column {panel.time!r} has {times.dtype}, but the series have {axis.dtype}; make them alike")
+    values = np.stack([_numbers(frame[name], f"column {name!r}") for name in names], axis=1)
+    known = {}
+    for name, index in ahead.items():
+        own = frame[panel.id].to_numpy() == name if panel.id in frame.columns else np.ones(len(frame), dtype=bool)
+        if times[own].has_duplicates:
+            raise DataError(f"series {name!r}: {times[own][times[own].duplicated()][0]} comes twice in the table of covariates")
+        place = times[own].get_indexer(index)
+        bad = (place < 0) | ~np.isfinite(values[own][place]).all(axis=1) if own.any() else np.ones(horizon, dtype=bool)
+        if bad.any():
+            raise DataError(
+                f"series {name!r}: the covariates {_some(names)} are needed at {int(bad.sum()):,} more stamps, the first is "
+                f"{index[int(bad.argmax())]}; give a finite number for each of {horizon:,} steps from {index[0]} to {index[-1]}"
+            )
+        known[name] = values[own][place]
+    return known
+
+
+def check_ids(panel: Panel, known: Sequence[Any]) -> np.ndarray:
+    """Return the place of every series of the panel in a list of known names, int64.
+
+    Raises
+    ------
+    oral4.errors.DataError
+        If a series is not in the list: a model with a table of series has no row for it.
+
+    Examples
+    --------
+    >>> import pandas
+    >>> stamps = pandas.date_range("2024", periods=3, freq="D")
+    >>> check_ids(check_frame(pandas.DataFrame({"b": 1.0, "a": 2.0}, stamps), freq="D"), ["a", "b", "c"]).tolist()
+    [1, 0]
+    """
+    place = {name: number for number, name in enumerate(known)}
+    if unseen := [name for name in panel.ids if name not in place]:
+        raise DataError(
+            f"{len(unseen):,} series were not seen in training: {_some(unseen)}; known are {_some(known)}. Leave them out, or train with them"
+        )
+    return np.array([place[name] for name in panel.ids], dtype=np.int64)
