@@ -633,8 +633,8 @@ def test_dlinear_learns():
         (lambda: DLinear(48, 0), "horizon=0"),
         (lambda: DLinear(48, 24, num_channels=0), "num_channels=0"),
         (lambda: DLinear(48, 24)(torch.zeros(2, 47)), r"\(2, 47\); its last axis must hold 48 steps"),
-        (lambda: DLinear(48, 24, num_channels=3)(torch.zeros(2, 48)), "must be 3 channels"),
-        (lambda: DLinear(48, 24, num_channels=3)(torch.zeros(48)), "must be 3 channels"),
+        (lambda: DLinear(48, 24, num_channels=3)(torch.zeros(2, 48)), "its last axis but one must hold 3"),
+        (lambda: DLinear(48, 24, num_channels=3)(torch.zeros(48)), "its last axis but one must hold 3"),
         (lambda: moving_average(torch.zeros(3), 0), "kernel=0"),
     ],
 )
@@ -698,7 +698,7 @@ def test_the_metric_decides():
     ("call", "words"),
     [
         (lambda: score_windows(lambda x: x, np.zeros(40), 5, 3), r"shape \(33, 5\); expected \(33, 3\)"),
-        (lambda: score_windows(lambda x: x, np.zeros(7), 5, 3), r"no series has a window of 5 \+ 3 steps"),
+        (lambda: score_windows(lambda x: x, np.zeros(7), 5, 3), r"the series has no window of 5 \+ 3 steps"),
         (lambda: score_windows(lambda x: x, np.zeros(40), 5, 0), "horizon=0"),
         (lambda: best_naive(np.zeros(400), 20, 3), "period=24 is longer than the history of 20"),
         (lambda: best_naive(np.zeros(400), 20, 3, metric="mape"), "metric='mape' is unknown; choose mse or mae"),
@@ -707,6 +707,22 @@ def test_the_metric_decides():
 def test_bad_input_of_scores(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    series, x = walks(500), walks(336, 4, seed=4).T.copy()
+    on_gpu = torch.from_numpy(x).cuda()
+    for forecast in NAIVE.values():
+        found = forecast(on_gpu, 50)
+        assert found.is_cuda
+        np.testing.assert_allclose(found.cpu().numpy(), forecast(x, 50), rtol=0, atol=1e-12)
+    model, one_step = RidgeNLinear(336, 50, intercept=True).fit(series), ARRidge(336).fit(series)
+    np.testing.assert_allclose(model.predict(on_gpu).cpu().numpy(), model.predict(x), rtol=0, atol=1e-10)
+    mean, sigma = one_step.predict(on_gpu)
+    assert sigma.is_cuda
+    np.testing.assert_allclose(mean.cpu().numpy(), one_step.predict(x)[0], rtol=0, atol=1e-10)
+    assert np.array_equal(window_gram(torch.from_numpy(series).cuda(), 9).gram, window_gram(series, 9).gram)
 
 
 def test_every_public_name_is_tested_here():
