@@ -412,7 +412,7 @@ def crps_gaussian(y: Values, mean: Values, sigma: Values, *, where: Values | Non
     _not_negative("sigma", spread)
     z = (target - centre) / np.where(spread == 0, 1, spread)
     below = torch.special.ndtr(torch.from_numpy(z)).numpy()
-    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    density = np.exp(-(z.clip(-40, 40) ** 2) / 2) / math.sqrt(2 * math.pi)
     score = spread * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi))
     return float(np.mean(np.where(spread == 0, np.abs(target - centre), score)))
 
@@ -512,7 +512,7 @@ def _incomplete_beta(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
             c = torch.where(c.abs() < tiny, tiny, c)
             change = d * c
             h = h * change
-        if bool(((change - 1).abs() < 1e-15).all()):
+        if not bool(((change - 1).abs() >= 1e-15).any()):  # so that NaN ends it, too
             break
     return front * h / a
 

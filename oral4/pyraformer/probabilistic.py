@@ -299,24 +299,28 @@ def student_t_icdf(p: Tensor, df: Tensor | float) -> Tensor:
     if not bool((freedom > 0).all()):
         raise ValueError(f"df is {float(freedom.min()):g} at least; degrees of freedom are positive")
     tail = torch.minimum(level, 1 - level)
-    inner = tail.clamp(min=1e-300)
     # The start is the smaller of two bounds: the power law that the tail tends to, P(T > t) = t f(t) / df, and about
     # what a normal variable would become. Logarithms, since with few degrees of freedom t is huge.
-    far = torch.full_like(inner, 1e50) * freedom.sqrt()
-    far_tail = far.log() + student_t_log_density(far, freedom) - freedom.log()
-    power = far.log() + (far_tail - inner.log()) / freedom
+    inner = tail.clamp(min=1e-300)
+    far = 1e50 * freedom.sqrt()
+    power = far.log() + (far.log() + student_t_log_density(far, freedom) - freedom.log() - inner.log()) / freedom
     z = torch.special.ndtri(inner)
-    normal = 0.5 * (freedom.log() + torch.expm1((z.square() / (freedom - 0.5).clamp(min=0.1)).clamp(max=600)).clamp(min=1e-300).log())
-    t = torch.minimum(power, normal).clamp(max=600).exp()
+    normal = torch.expm1(z.square() / (freedom - 0.5).clamp(min=0.1)).clamp(min=1e-300)
+    start = torch.minimum(power, 0.5 * (freedom * normal).log())
+    exact = start > 200  # there the power law leaves nothing to improve
+    inner = torch.where(exact, 0.25, inner)
+    t = torch.where(exact, 1.0, start.exp())
     for _ in range(50):
         u = t.asinh()
         now = student_t_cdf(-t, freedom)
-        slope = student_t_log_density(t, freedom).exp() * u.cosh() / now
+        log_cosh = u - math.log(2) + torch.log1p(torch.exp(-2 * u))
+        slope = torch.exp(student_t_log_density(t, freedom) + log_cosh - now.log())
         step = (now.log() - inner.log()) / slope
         u = (u + step).clamp(min=0)
         t = u.sinh()
         if bool((step.abs() <= 1e-13 * (1e-3 + u)).all()):
             break
+    t = torch.where(exact, start.exp(), t)
     t = torch.where(tail > 0, t, math.inf)
     return torch.where(level < 0.5, -t, t).to(p.dtype)
 
@@ -668,7 +672,7 @@ class QuantileHead(Head):
         share = ((z - normal[right - 1]) / (normal[right] - normal[right - 1])).to(values.dtype)
         shape = (*values.shape[:-1], z.shape[-1])
         before, after = (values.gather(-1, index.expand(shape)) for index in (right - 1, right))
-        return before + share * (after - before)
+        return torch.lerp(before, after, share)  # exact at both ends, so that rounding crosses nothing
 
     def sample(self, raw: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Return n independent draws for each y, (..., n); what lies beyond the outermost levels becomes these."""
