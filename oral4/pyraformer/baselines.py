@@ -57,7 +57,7 @@ def _cycles(history: Any, horizon: int, period: int) -> tuple[Any, Any, Any]:
     horizon, period = _count("horizon", horizon), _count("period", period)
     length = x.shape[-1] if x.ndim else 0
     if period > length:
-        raise ValueError(f"period={period} is longer than the history of {length}; give a longer one or a shorter period")
+        raise ValueError(f"period={period} is longer than the history of {length}; lengthen one or shorten the other")
     short = -length % period  # the oldest cycle may be cut: what lies before the history counts as missing
     if short:
         x = xp.concatenate([x[..., :short] * float("nan"), x], -1)
@@ -282,7 +282,7 @@ def window_gram_reference(series: Any, width: int, *, stride: int = 1) -> Window
                 count += len(windows)
     return WindowSums(gram, total, count)
 
-# %% ../../nbs/pyraformer/04_baselines.ipynb #36e4815d
+# %% ../../nbs/pyraformer/04_baselines.ipynb #e9a345ff
 def window_gram(series: Any, width: int, *, stride: int = 1) -> WindowSums:
     """Return the sums of all products of two places of a window, over all windows, in O(T W) and without a window.
 
@@ -313,7 +313,7 @@ def window_gram(series: Any, width: int, *, stride: int = 1) -> WindowSums:
 
     Guarantees
     ----------
-    Equal to `window_gram_reference` within 1e-12 of the largest entry. No array is larger than the series or than W x W.
+    Equal to `window_gram_reference` within 1e-12 of the largest entry. No array is larger than the series or W x W.
 
     Examples
     --------
@@ -742,7 +742,8 @@ class ARRidge:
             known = _like(covariates, x)
             if tuple(known.shape) != (*mean.shape, extra) or not xp.isfinite(known).all():
                 raise ValueError(
-                    f"covariates have shape {tuple(known.shape)}; give {(*mean.shape, extra)}, those of each next step, all finite"
+                    f"covariates have shape {tuple(known.shape)}; give {(*mean.shape, extra)}, "
+                    "those of each next step, all finite"
                 )
             mean = mean + known @ _like(self.covariate_weight, x)
         return mean, xp.full_like(mean, self.sigma)

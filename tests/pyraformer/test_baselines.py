@@ -315,11 +315,14 @@ def test_ridge_on_ett_equals_the_normal_equations(scaled):
     np.testing.assert_allclose(RidgeNLinear(168, 96).fit(values).weight, expected, rtol=0, atol=1e-8)
 
 
-def test_a_high_level_costs_no_digits():
+@pytest.mark.parametrize("anchor", ["last", "mean", "none"])
+def test_a_high_level_costs_no_digits(anchor):
     series = walks(500)
-    low = RidgeNLinear(20, 7, penalty=3.0).fit(series)
+    options = {"penalty": 3.0, "anchor": anchor, "intercept": anchor == "none"}
+    low = RidgeNLinear(20, 7, **options).fit(series)
     # at a level of 1e9 a float64 keeps steps of size 1 to 1e-7; formed from squares of 1e18 nothing would be left
-    high = RidgeNLinear(20, 7, penalty=3.0).fit(series + 1e9)
+    high = RidgeNLinear(20, 7, **options).fit(series + 1e9)
+    assert high.mse(series + 1e9) == pytest.approx(low.mse(series), rel=1e-6)
     np.testing.assert_allclose(high.weight, low.weight, rtol=0, atol=1e-6)
     np.testing.assert_allclose(high.predict(series[:20].T + 1e9), low.predict(series[:20].T) + 1e9, rtol=0, atol=1e-5)
 
