@@ -354,7 +354,7 @@ def _starts(
             own = own[seen[own + length] == seen[own]]
         rows.append(own)
     if not sum(map(len, rows)):
-        raise ValueError(f"{name}: no window is left; every one touches NaN, or starts is empty")
+        raise ValueError(f"{name}: no window is left: the series are too short, starts is empty, or every window touches NaN")
     series_of = np.repeat(np.arange(len(series)), [len(own) for own in rows])
     start_of = np.concatenate(rows)
     return series_of, start_of, start_of + np.cumsum([0, *map(len, series)])[series_of]
@@ -1327,17 +1327,24 @@ def _read_parquet(path: Path, limits: Limits) -> Any:
         raise DataError(f"table {path}: there is no such plain file")
     limits.cap(f"table {path}", path.stat().st_size, "bytes", "table_bytes")
     try:
-        parquet = importlib.import_module("pyarrow.parquet")
+        arrow, compute, parquet = (importlib.import_module(f"pyarrow{part}") for part in ("", ".compute", ".parquet"))
     except ImportError as error:
         raise DataError(f"table {path}: reading parquet needs pyarrow: pip install pyarrow, or save the table as .csv") from error
     try:
-        with parquet.ParquetFile(path) as file:
-            head = file.metadata
-            shape = (head.num_rows, len(file.schema_arrow.names))
-            size = sum(head.row_group(group).total_byte_size for group in range(head.num_row_groups))
-            check_table_size(np.broadcast_to(np.zeros(1), shape), limits=limits)
-            limits.cap(f"table {path}", size, "bytes unpacked", "table_bytes")
-            return file.read().to_pandas()
+        schema = parquet.read_schema(path)
+        if nested := [field.name for field in schema if arrow.types.is_nested(field.type)]:
+            raise DataError(f"the columns {_some(nested)} hold lists or structures; a table of single values is needed")
+        text = [field.name for field in schema if str(field.type) in ("string", "large_string", "binary", "large_binary")]
+        # One long word for a million rows is a small file: words are counted before they are written out.
+        with parquet.ParquetFile(path, read_dictionary=text) as file:
+            check_table_size(np.broadcast_to(np.zeros(1), (file.metadata.num_rows, len(schema))), limits=limits)
+            unpacked = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+            limits.cap("unpacked", unpacked, "bytes", "table_bytes")
+            table = file.read()
+        words = [chunk for name in text for chunk in table[name].chunks if arrow.types.is_dictionary(chunk.type)]
+        lengths = [compute.sum(compute.take(compute.binary_length(chunk.dictionary), chunk.indices)).as_py() for chunk in words]
+        limits.cap("its text", sum(length or 0 for length in lengths), "bytes", "table_bytes")
+        return table.cast(schema).to_pandas()
     except DataError as error:
         raise DataError(f"table {path}: {error}") from None
     except Exception as error:  # on damage pyarrow raises a dozen kinds, OSError and ValueError among them
