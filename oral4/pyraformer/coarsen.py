@@ -120,7 +120,7 @@ class StridedConvolution(nn.Module):
         return F.elu(self.norm(x))
 
 # %% ../../nbs/pyraformer/03_coarsen.ipynb #e8cf6fbb
-def _summaries(x: Tensor, windows: Sequence[int], kind: str, steps: Sequence[nn.Module]) -> list[Tensor]:
+def _summaries(x: Tensor, windows: Sequence[int], kind: str, steps: nn.ModuleList) -> list[Tensor]:
     """Return the coarse scales, each (B, width, L_s), from the finest one (B, width, L)."""
     scales = []
     for scale, window in enumerate(windows):
@@ -179,8 +179,8 @@ class CoarserScaleConstruction(nn.Module):
         if kind == "bottleneck":
             width = _integer("d_bottleneck", max(1, d_model // 4) if d_bottleneck is None else d_bottleneck, 1)
             self.down, self.up = nn.Linear(d_model, width), nn.Linear(width, d_model)
-        if kind in ("bottleneck", "conv"):
-            self.steps = nn.ModuleList(StridedConvolution(width, window) for window in self.windows)
+        learned = self.windows if kind in ("bottleneck", "conv") else ()
+        self.steps = nn.ModuleList(StridedConvolution(width, window) for window in learned)
         self.norm = nn.LayerNorm(d_model)
 
     def summaries(self, x: Tensor) -> list[Tensor]:
@@ -188,7 +188,7 @@ class CoarserScaleConstruction(nn.Module):
 
         For ``kind="bottleneck"`` both are in the narrow space.
         """
-        return _summaries(x, self.windows, self.kind, self.steps if self.kind in ("bottleneck", "conv") else ())
+        return _summaries(x, self.windows, self.kind, self.steps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all nodes (B, n, D), the finest scale first, from its nodes (B, L, D).

@@ -5,9 +5,9 @@
 # %% ../../nbs/pyraformer/03_model.ipynb #99712f3f
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .attention import PyramidalAttention
 from .coarsen import KINDS, CoarserScaleConstruction
-from .graph import PyramidSpec
+from .graph import PyramidSpec, _integer
 
 # %% auto #0
-__all__ = ['ATTENTIONS', 'OFFICIAL', 'sinusoid', 'ValueEmbedding', 'PositionEmbedding', 'TimeEmbedding', 'SeriesEmbedding',
+__all__ = ['ATTENTIONS', 'OFFICIAL', 'sinusoid', 'PositionEmbedding', 'ValueEmbedding', 'TimeEmbedding', 'SeriesEmbedding',
            'OneStepEmbedding', 'FeedForward', 'CrossAttention', 'EncoderLayer', 'last_nodes', 'AttentionDecoder',
            'PyraformerConfig', 'Encoder', 'Pyraformer', 'OneStepPyraformer', 'official_names',
            'load_official_state_dict']
 
-# %% ../../nbs/pyraformer/03_model.ipynb #cf42a0b4
+# %% ../../nbs/pyraformer/03_model.ipynb #33b0b8ff
 def sinusoid(length: int, width: int) -> Tensor:
     """Return the sinusoidal table of positions, shape (length, width), float32.
 
@@ -38,6 +38,11 @@ def sinusoid(length: int, width: int) -> Tensor:
         Positions; any number (the official table ends at 5,000).
     width : int, even, >= 2
 
+    Raises
+    ------
+    ValueError
+        If the width is odd or too small.
+
     Examples
     --------
     >>> sinusoid(2, 4)[0].tolist()
@@ -45,11 +50,31 @@ def sinusoid(length: int, width: int) -> Tensor:
     """
     if width < 2 or width % 2:
         raise ValueError(f"width={width}: sine and cosine come in pairs, so the width must be even and at least 2")
-    rate = torch.exp(torch.arange(0, width, 2).float() * -(torch.log(torch.tensor(10000.0)) / width))
+    rate = torch.exp(torch.arange(0, width, 2).float() * -(math.log(10000.0) / width))
     angle = torch.arange(length).float()[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
+class PositionEmbedding(nn.Module):
+    """The sinusoidal table, kept for the length seen last; no parameter and nothing in the state dict.
+
+    Parameters
+    ----------
+    d_model : int, even, >= 2
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.d_model = d_model
+        self.table = sinusoid(0, d_model)  # no buffer: a change of the model's number type must not round it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (L, D) for nodes (B, L, D), in their number type."""
+        if len(self.table) != x.shape[1] or self.table.device != x.device:
+            self.table = sinusoid(x.shape[1], self.d_model).to(x.device)
+        return self.table.to(x.dtype)
+
+# %% ../../nbs/pyraformer/03_model.ipynb #c398b763
 class ValueEmbedding(nn.Module):
     """A circular convolution of width three from the series to the nodes: ``TokenEmbedding`` of the official code.
 
@@ -71,28 +96,7 @@ class ValueEmbedding(nn.Module):
         x = torch.cat([x[:, -1:], x, x[:, :1]], dim=1)  # any length; torch's circular padding wants two steps or more
         return self.conv(x.mT).mT
 
-
-class PositionEmbedding(nn.Module):
-    """The sinusoidal table, kept for the length seen last; no parameter and nothing in the state dict.
-
-    Parameters
-    ----------
-    d_model : int, even, >= 2
-    """
-
-    def __init__(self, d_model: int):
-        super().__init__()
-        self.d_model = d_model
-        self.register_buffer("table", sinusoid(0, d_model), persistent=False)
-        self.table: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (L, D) for nodes (B, L, D)."""
-        if len(self.table) != x.shape[1] or self.table.device != x.device:
-            self.table = sinusoid(x.shape[1], self.d_model).to(x.device)
-        return self.table.to(x.dtype)
-
-
+# %% ../../nbs/pyraformer/03_model.ipynb #2c0588fe
 class TimeEmbedding(nn.Module):
     """Value, position and time marks, summed: ``DataEmbedding`` of the official code, used for ETT.
 
@@ -116,6 +120,26 @@ class TimeEmbedding(nn.Module):
         """Return nodes (B, L, D) from values (B, L, c) and marks (B, L, num_marks)."""
         nodes = self.value(x)
         return self.dropout(nodes + self.position(nodes) + self.marks(marks))
+
+# %% ../../nbs/pyraformer/03_model.ipynb #fb83cdd8
+def _series_names(names: Tensor, num_ids: int) -> Tensor:
+    """Return series names as int64, or say why they cannot be right."""
+    largest = 2 / torch.finfo(names.dtype).eps  # up to here every whole number has a number of its own
+    if num_ids - 1 > largest:
+        raise ValueError(
+            f"{names.dtype} cannot tell {num_ids} series ids apart (it counts to {largest:.0f}): give the marks in "
+            "float32, and use torch.autocast for a faster model"
+        )
+    found = names.long()
+    if found.numel():
+        low, high = (int(bound) for bound in torch.aminmax(found))
+        if not 0 <= low <= high < num_ids:
+            raise ValueError(
+                f"series ids run from {low} to {high}, but the table has {num_ids}: ids must lie in 0 .. num_ids - 1"
+            )
+        if bool((found != names).any()):
+            raise ValueError("series ids, the last of the marks, must be whole numbers; is a time mark in their place?")
+    return found
 
 
 class SeriesEmbedding(nn.Module):
@@ -141,18 +165,13 @@ class SeriesEmbedding(nn.Module):
         Raises
         ------
         ValueError
-            If a name is not in 0 .. num_ids - 1.
+            If a name is not a whole number in 0 .. num_ids - 1, or the number type cannot hold so many.
         """
-        name = marks[..., -1].long()
-        if name.numel() and not 0 <= int(name.min()) <= int(name.max()) < self.names.num_embeddings:
-            raise ValueError(
-                f"series ids run from {int(name.min())} to {int(name.max())}, but the table has "
-                f"{self.names.num_embeddings}: ids must lie in 0 .. num_ids - 1"
-            )
+        names = self.names(_series_names(marks[..., -1], self.names.num_embeddings))
         nodes = self.value(x)
-        return self.dropout(nodes + self.position(nodes) + self.marks(marks[..., :-1]) + self.names(name))
+        return self.dropout(nodes + self.position(nodes) + self.marks(marks[..., :-1]) + names)
 
-
+# %% ../../nbs/pyraformer/03_model.ipynb #a0bd3ee7
 class OneStepEmbedding(nn.Module):
     """Value, position and covariates of the one-step model: ``SingleStepEmbedding`` of the official code.
 
@@ -180,7 +199,7 @@ class OneStepEmbedding(nn.Module):
         marks = torch.cat([sequence[..., 1:-1], sequence[..., -1:] / self.num_ids - 0.5], dim=-1)
         return nodes + self.position(nodes) + self.marks(marks)
 
-# %% ../../nbs/pyraformer/03_model.ipynb #02ddc8cd
+# %% ../../nbs/pyraformer/03_model.ipynb #741b5422
 class FeedForward(nn.Module):
     """Two linear maps with exact GELU between, dropout, residual connection, layer normalisation.
 
@@ -199,9 +218,9 @@ class FeedForward(nn.Module):
         """Return (..., D) from (..., D)."""
         return self.norm(x + self.dropout(self.outer(self.dropout(F.gelu(self.inner(x))))))
 
-
+# %% ../../nbs/pyraformer/03_model.ipynb #074138e7
 class CrossAttention(nn.Module):
-    """Ordinary multi-head attention from one set of nodes to another, post-norm: ``MultiHeadAttention`` of the official code.
+    """Ordinary multi-head attention from one set of nodes to another: ``MultiHeadAttention`` of the official code.
 
     The parameters are those of `oral4.pyraformer.attention.PyramidalAttention`; only who may look at whom differs.
 
@@ -224,16 +243,19 @@ class CrossAttention(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (B, M, D): what ``x`` (B, M, D) finds in ``memory`` (B, n, D); mask (M, n) is True where it may look."""
+        """Return (B, M, D): what ``x`` (B, M, D) finds in ``memory`` (B, n, D).
+
+        The mask, (M, n), is True where a row of ``x`` may look at a node of the memory; without it, everywhere.
+        """
         q, k, v = (
-            linear(nodes).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            linear(nodes).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, M or n, d)
             for linear, nodes in ((self.query, x), (self.key, memory), (self.value, memory))
         )
         dropout_p = self.dropout_p if self.training else 0.0
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
         return self.norm(x + F.dropout(self.out(heads.transpose(1, 2).flatten(2)), dropout_p))
 
-
+# %% ../../nbs/pyraformer/03_model.ipynb #559caa86
 ATTENTIONS = ("pyramid", "window", "full", "none")
 """Who may look at whom in the encoder: the paper's graph, its own scale only, everybody, nobody."""
 
@@ -258,7 +280,7 @@ class EncoderLayer(nn.Module):
         if attention not in ATTENTIONS:
             raise ValueError(f"attention={attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
         self.kind = attention
-        self.attention: nn.Module | None = None
+        self.attention: nn.Module = nn.Identity()
         if attention in ("pyramid", "window"):
             self.attention = PyramidalAttention(d_model, num_heads, d_k, d_v, dropout=dropout)
         elif attention == "full":
@@ -268,21 +290,34 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, spec: PyramidSpec) -> Tensor:
         """Return the nodes (B, n, D) from the nodes before."""
         if self.kind == "pyramid":
-            x = self.attention(x, spec)  # type: ignore[misc]
+            x = self.attention(x, spec)
         elif self.kind == "full":
-            x = self.attention(x, x)  # type: ignore[misc]
-        elif self.kind == "window":
-            scales = [PyramidSpec(size, (), spec.neighbours) for size in spec.sizes]
-            parts = zip(x.split(spec.sizes, dim=1), scales, strict=True)
-            x = torch.cat([self.attention(part, scale) for part, scale in parts], dim=1)  # type: ignore[misc]
+            x = self.attention(x, x)
+        elif self.kind == "window":  # every scale is a pyramid of its own, of one scale
+            scales = zip(x.split(spec.sizes, dim=1), spec.sizes, strict=True)
+            parts = [self.attention(nodes, PyramidSpec(size, (), spec.neighbours)) for nodes, size in scales]
+            x = torch.cat(parts, dim=1)
         return self.feed_forward(x)
 
-
+# %% ../../nbs/pyraformer/03_model.ipynb #20f71385
 def last_nodes(x: Tensor, spec: PyramidSpec) -> Tensor:
-    """Return the last leaf and its node on every coarser scale, side by side: (B, S D) from (B, n, D)."""
-    return x[:, spec.leaf_to_nodes()[-1].to(x.device)].flatten(1)
+    """Return the last leaf and its node on every coarser scale, side by side.
 
-# %% ../../nbs/pyraformer/03_model.ipynb #39bdd2cd
+    The node above the last leaf is the last of its scale, whatever is left over. ``refer_points`` of the official code
+    gives the same after gathering the nodes above every leaf, L times the memory.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, n, D)
+    spec : PyramidSpec
+
+    Returns
+    -------
+    Tensor, shape (B, S D), the finest scale first
+    """
+    return torch.cat([x[:, start + size - 1] for start, size in zip(spec.starts, spec.sizes, strict=True)], dim=-1)
+
+# %% ../../nbs/pyraformer/03_model.ipynb #954fedbd
 class AttentionDecoder(nn.Module):
     """Two layers of full attention from the future steps: to the history, then to the history and to one another.
 
@@ -306,18 +341,52 @@ class AttentionDecoder(nn.Module):
         )
         self.feed_forwards = nn.ModuleList(FeedForward(d_model, d_inner, dropout) for _ in range(2))
 
+    @staticmethod
+    def mask(horizon: int, seen: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return who may look at whom in the second layer, (horizon, seen + horizon): the history and no later step."""
+        return torch.ones(horizon, seen + horizon, dtype=torch.bool, device=device).tril(seen)
+
     def forward(self, x: Tensor, marks: Tensor, memory: Tensor) -> Tensor:
         """Return future states (B, M, D) from placeholders (B, M, c), future marks and encoder nodes (B, n, D)."""
         steps = self.embedding(x, marks)
         steps = self.feed_forwards[0](self.attentions[0](steps, memory))
-        horizon, seen = steps.shape[1], memory.shape[1]
-        mask = torch.ones(horizon, seen + horizon, dtype=torch.bool, device=x.device).tril(seen)
+        mask = self.mask(steps.shape[1], memory.shape[1], x.device)
         return self.feed_forwards[1](self.attentions[1](steps, torch.cat([memory, steps], dim=1), mask))
 
-# %% ../../nbs/pyraformer/03_model.ipynb #7f545e11
+# %% ../../nbs/pyraformer/03_model.ipynb #9e98023d
+def _check_config(config: PyraformerConfig) -> None:
+    """Raise if a setting is out of range or contradicts another one."""
+    choices = {
+        "coarsen": KINDS,
+        "embedding": ("time", "series", "one_step"),
+        "head": ("fc", "decoder"),
+        "attention": ATTENTIONS,
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name}={getattr(config, name)!r}: choose one of {', '.join(allowed)}")
+    if config.d_model % 2:
+        raise ValueError(f"d_model={config.d_model}: positions are sines and cosines in pairs, so it must be even")
+    if config.num_heads > config.d_model:
+        raise ValueError(f"num_heads={config.num_heads}: give at most d_model={config.d_model} heads")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout={config.dropout}: give a number in [0, 1)")
+    if config.truncate and config.head != "decoder":
+        raise ValueError("truncate=True says what the decoder sees; it needs head='decoder'")
+    if config.embedding == "one_step" and (config.horizon, config.num_series, config.head) != (1, 1, "fc"):
+        raise ValueError("embedding='one_step' forecasts one step of one series: horizon=1, num_series=1, head='fc'")
+
+# %% ../../nbs/pyraformer/03_model.ipynb #454000c6
 @dataclass(frozen=True, kw_only=True)
 class PyraformerConfig:
     """Everything that builds a `Pyraformer` or a `OneStepPyraformer`.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range, contradicts another one, or leaves a scale without a node.
+    TypeError
+        If a count is not an integer.
 
     Examples
     --------
@@ -338,13 +407,17 @@ class PyraformerConfig:
     d_model: int = 512
     "Width of a node, D, even."
     num_heads: int = 6
+    "Heads of every attention, H."
     d_k: int = 128
-    "Width of a key and of a value in each head; ``num_heads * d_k`` need not be ``d_model``."
+    "Width of a key in each head; ``num_heads * d_k`` need not be ``d_model``."
+    d_v: int | None = None
+    "Width of a value in each head; ``d_k`` if left out, as in all official settings."
     d_inner: int = 512
     "Width inside the feed-forward network."
     num_layers: int = 4
     "Attention layers of the encoder, N."
     dropout: float = 0.05
+    "Probability of dropping an attention weight, an output or an embedded number, in [0, 1)."
     coarsen: str = "bottleneck"
     "How coarse nodes are made: bottleneck, conv, max or average."
     d_bottleneck: int = 128
@@ -363,31 +436,24 @@ class PyraformerConfig:
     "Who may look at whom in the encoder: pyramid, or window, full, none for ablations."
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(self.windows))
-        choices = {
-            "coarsen": KINDS, "embedding": ("time", "series", "one_step"), "head": ("fc", "decoder"), "attention": ATTENTIONS,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        counts = ("history", "horizon", "num_series", "d_model", "num_heads", "d_k", "d_inner", "num_marks", "num_ids")
-        for name in (*counts, "num_layers", "d_bottleneck"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number from 1 on")
-        if self.d_model % 2:
-            raise ValueError(f"d_model={self.d_model}: positions are sines and cosines in pairs, so it must be even")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: give a number in [0, 1)")
-        if self.truncate and self.head != "decoder":
-            raise ValueError("truncate=True says what the decoder sees; it needs head='decoder'")
-        if self.embedding == "one_step" and (self.horizon, self.num_series, self.head) != (1, 1, "fc"):
-            raise ValueError("embedding='one_step' forecasts one step of one series: horizon=1, num_series=1, head='fc'")
-        self.spec  # noqa: B018 - an empty scale is an error here, not at the first batch
+        for name in ("history", "horizon", "num_series", "d_model", "num_heads", "d_k", "d_v", "d_inner", "num_layers",
+                     "d_bottleneck", "num_marks", "num_ids"):  # fmt: skip
+            if name != "d_v" or self.d_v is not None:
+                object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
+        _check_config(self)
+        spec = self.spec  # an empty scale is an error here, not at the first batch
+        object.__setattr__(self, "windows", spec.windows)
+        object.__setattr__(self, "neighbours", spec.neighbours)
 
     @property
     def spec(self) -> PyramidSpec:
         """The pyramid; with ``head="fc"`` the finest scale has one node more, the prediction token."""
         return PyramidSpec(self.history + (self.head == "fc"), self.windows, self.neighbours)
+
+    @property
+    def num_pairs(self) -> int:
+        """Scores on the pyramid's edges, by all heads of all layers, for one series: "Q-K pairs" in the paper."""
+        return self.spec.num_edges() * self.num_heads * self.num_layers
 
     @classmethod
     def official(cls, name: str, **changes: Any) -> PyraformerConfig:
@@ -408,45 +474,45 @@ class PyraformerConfig:
         if name not in OFFICIAL:
             near = difflib.get_close_matches(name, OFFICIAL, n=3) or list(OFFICIAL)
             raise ValueError(f"there is no official setting {name!r}; there is {', '.join(near)}")
-        return dataclasses.replace(cls(**OFFICIAL[name]), **changes)
+        return cls(**{**OFFICIAL[name], **changes})
 
-
-def _long(history: int, horizon: int, windows: tuple[int, ...], neighbours: int = 3, **more: Any) -> dict[str, Any]:
-    return {"history": history, "horizon": horizon, "windows": windows, "neighbours": neighbours, **more}
-
-
+# %% ../../nbs/pyraformer/03_model.ipynb #56c65219
+_ETTH = {"num_series": 7}
 _ETTM = {"num_series": 7, "d_model": 256, "d_k": 64, "d_bottleneck": 64, "dropout": 0.2}
 _ELECTRICITY = {"d_model": 256, "embedding": "series", "num_marks": 3, "num_ids": 321}
-_ONE_STEP: dict[str, Any] = {
-    "windows": (4, 4, 4), "num_heads": 4, "dropout": 0.1, "embedding": "one_step", "num_marks": 3,
-}  # fmt: skip
+_SYNTHETIC = {"d_model": 256, "num_heads": 4, "d_k": 64, "d_bottleneck": 64, "dropout": 0.2,
+              "embedding": "series", "num_marks": 3, "num_ids": 60}  # fmt: skip
+_ONE_STEP = {"num_heads": 4, "dropout": 0.1, "embedding": "one_step", "num_marks": 3}
 OFFICIAL: dict[str, dict[str, Any]] = {
-    "ETTh1-168": _long(168, 168, (4, 4, 4), num_series=7),
-    "ETTh1-336": _long(168, 336, (4, 4, 4), num_series=7),
-    "ETTh1-720": _long(336, 720, (4, 4, 4), 5, num_series=7),
-    "ETTm1-96": _long(384, 96, (5, 5, 5), **_ETTM),
-    "ETTm1-288": _long(672, 288, (5, 5, 5), 5, **_ETTM),
-    "ETTm1-672": _long(672, 672, (6, 6, 6), **_ETTM),
-    "Electricity-168": _long(168, 168, (4, 4, 4), **_ELECTRICITY),
-    "Electricity-336": _long(168, 336, (4, 4, 4), **_ELECTRICITY),
-    "Electricity-720": _long(336, 720, (5, 5, 5), **_ELECTRICITY),
-    "synthetic-720": _long(
-        720, 720, (12, 7, 4), d_model=256, num_heads=4, d_k=64, d_bottleneck=64, dropout=0.2,
-        embedding="series", num_marks=3, num_ids=60,
-    ),  # fmt: skip
-    "Electricity-1": {"history": 168, "num_ids": 370, **_ONE_STEP},
-    "Wind-1": {"history": 191, "num_ids": 29, **_ONE_STEP},
-    "AppFlow-1": {"history": 191, "num_ids": 1083, **_ONE_STEP},
+    "ETTh1-168": {"history": 168, "horizon": 168, "windows": (4, 4, 4), **_ETTH},
+    "ETTh1-336": {"history": 168, "horizon": 336, "windows": (4, 4, 4), **_ETTH},
+    "ETTh1-720": {"history": 336, "horizon": 720, "windows": (4, 4, 4), "neighbours": 5, **_ETTH},
+    "ETTm1-96": {"history": 384, "horizon": 96, "windows": (5, 5, 5), **_ETTM},
+    "ETTm1-288": {"history": 672, "horizon": 288, "windows": (5, 5, 5), "neighbours": 5, **_ETTM},
+    "ETTm1-672": {"history": 672, "horizon": 672, "windows": (6, 6, 6), **_ETTM},
+    "Electricity-168": {"history": 168, "horizon": 168, "windows": (4, 4, 4), **_ELECTRICITY},
+    "Electricity-336": {"history": 168, "horizon": 336, "windows": (4, 4, 4), **_ELECTRICITY},
+    "Electricity-720": {"history": 336, "horizon": 720, "windows": (5, 5, 5), **_ELECTRICITY},
+    "synthetic-720": {"history": 720, "horizon": 720, "windows": (12, 7, 4), **_SYNTHETIC},
+    "Electricity-1": {"history": 168, "windows": (4, 4, 4), "num_ids": 370, **_ONE_STEP},
+    "Wind-1": {"history": 191, "windows": (4, 4, 4), "num_ids": 29, **_ONE_STEP},
+    "AppFlow-1": {"history": 191, "windows": (4, 4, 4), "num_ids": 1083, **_ONE_STEP},
 }
 """The official scripts, by name; one-step settings end in ``-1``."""
 
-# %% ../../nbs/pyraformer/03_model.ipynb #f43e86d4
+# %% ../../nbs/pyraformer/03_model.ipynb #c69327f1
 def _embedding(config: PyraformerConfig) -> nn.Module:
     if config.embedding == "one_step":
         return OneStepEmbedding(config.d_model, config.num_marks, config.num_ids)
     if config.embedding == "series":
         return SeriesEmbedding(config.num_series, config.d_model, config.num_marks, config.num_ids, config.dropout)
     return TimeEmbedding(config.num_series, config.d_model, config.num_marks, config.dropout)
+
+
+def _widths(config: PyraformerConfig) -> tuple[int, int, int, int, int, float]:
+    """Return d_model, num_heads, d_k, d_v, d_inner, dropout: what every layer needs."""
+    d_v = config.d_k if config.d_v is None else config.d_v
+    return config.d_model, config.num_heads, config.d_k, d_v, config.d_inner, config.dropout
 
 
 class Encoder(nn.Module):
@@ -462,12 +528,8 @@ class Encoder(nn.Module):
         self.neighbours = config.neighbours
         narrow = config.d_bottleneck if config.coarsen == "bottleneck" else None
         self.coarsen = CoarserScaleConstruction(config.d_model, config.windows, config.coarsen, d_bottleneck=narrow)
-        self.layers = nn.ModuleList(
-            EncoderLayer(
-                config.d_model, config.num_heads, config.d_k, config.d_k, config.d_inner, config.dropout, config.attention
-            )
-            for _ in range(config.num_layers)
-        )
+        layers = (EncoderLayer(*_widths(config), config.attention) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor, PyramidSpec]:
         """Return all nodes (B, n, D) and their pyramid from the finest ones (B, L, D), of any length that fits."""
@@ -477,7 +539,21 @@ class Encoder(nn.Module):
             nodes = layer(nodes, spec)
         return nodes, spec
 
+# %% ../../nbs/pyraformer/03_model.ipynb #ff142e5e
+def _check_inputs(config: PyraformerConfig, x: Tensor, marks: Tensor, future_marks: Tensor) -> None:
+    """Raise if a shape does not fit the configuration, or the three batches differ in size."""
+    num_marks = config.num_marks + (config.embedding == "series")
+    expected = {
+        "x": (x, config.history, config.num_series),
+        "marks": (marks, config.history, num_marks),
+        "future_marks": (future_marks, config.horizon, num_marks),
+    }
+    batch = x.shape[0] if x.dim() == 3 else "B"
+    for name, (value, *shape) in expected.items():
+        if value.dim() != 3 or list(value.shape[1:]) != shape or value.shape[0] != batch:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; give ({batch}, {shape[0]}, {shape[1]})")
 
+# %% ../../nbs/pyraformer/03_model.ipynb #0e12b647
 class Pyraformer(nn.Module):
     """The long-range model of the paper: a history of several series in, their whole horizon out.
 
@@ -509,9 +585,7 @@ class Pyraformer(nn.Module):
         if config.head == "fc":
             width, outputs = config.d_model * config.spec.num_scales, config.num_series * config.horizon
         else:
-            self.decoder = AttentionDecoder(
-                _embedding(config), config.d_model, config.num_heads, config.d_k, config.d_k, config.d_inner, config.dropout
-            )
+            self.decoder = AttentionDecoder(_embedding(config), *_widths(config))
         self.head = nn.Linear(width, outputs, bias=False)
         nn.init.xavier_normal_(self.head.weight)
 
@@ -532,16 +606,14 @@ class Pyraformer(nn.Module):
         Returns
         -------
         Tensor, shape (B, M, c), or (B, L + M, c) if ``pretrain``
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit the configuration, or ``pretrain`` is asked of ``head="fc"``.
         """
         config = self.config
-        expected = {
-            "x": (config.history, config.num_series),
-            "marks": (config.history, config.num_marks + (config.embedding == "series")),
-            "future_marks": (config.horizon, config.num_marks + (config.embedding == "series")),
-        }
-        for name, value in (("x", x), ("marks", marks), ("future_marks", future_marks)):
-            if value.dim() != 3 or tuple(value.shape[1:]) != expected[name] or len(value) != len(x):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; give ({len(x)}, {', '.join(map(str, expected[name]))})")
+        _check_inputs(config, x, marks, future_marks)
         if pretrain and self.decoder is None:
             raise ValueError("pretrain=True reconstructs the history, which needs head='decoder'")
         if self.decoder is None:
@@ -555,7 +627,7 @@ class Pyraformer(nn.Module):
             steps = torch.cat([nodes[:, : config.history], steps], dim=1)
         return self.head(steps)
 
-# %% ../../nbs/pyraformer/03_model.ipynb #299d9170
+# %% ../../nbs/pyraformer/03_model.ipynb #8eb55982
 class OneStepPyraformer(nn.Module):
     """The one-step model of the paper: mean and standard deviation of the value at every position.
 
@@ -573,7 +645,7 @@ class OneStepPyraformer(nn.Module):
 
     Examples
     --------
-    >>> config = PyraformerConfig(history=48, windows=(4, 4), d_model=16, d_k=8, d_inner=16, embedding="one_step", num_marks=3)
+    >>> config = PyraformerConfig(history=48, windows=(4, 4), d_model=16, d_k=8, embedding="one_step", num_marks=3)
     >>> mean, deviation = OneStepPyraformer(config)(torch.randn(2, 49, 5))
     >>> mean.shape, bool((deviation > 0).all())
     (torch.Size([2, 49]), True)
@@ -583,7 +655,7 @@ class OneStepPyraformer(nn.Module):
         super().__init__()
         if config.embedding != "one_step":
             raise ValueError(f"embedding={config.embedding!r} is for Pyraformer; use 'one_step'")
-        if mean not in ("softplus", "identity") or not floor >= 0:
+        if mean not in ("softplus", "identity") or not 0 <= floor < math.inf:
             raise ValueError(f"mean={mean!r}, floor={floor}: choose softplus or identity, and a floor of 0 or more")
         self.config, self.positive, self.floor = config, mean == "softplus", floor
         self.embedding, self.encoder = _embedding(config), Encoder(config)
@@ -598,20 +670,27 @@ class OneStepPyraformer(nn.Module):
         Parameters
         ----------
         sequence : Tensor, shape (B, history + 1, 1 + num_marks + 1)
-            Value, covariates and series id of each step; the value of the last step is -1.
+            Value, covariates and series id of each step. The value of the last step is not read: -1 takes its place.
         last_only : bool
             Only for the step to be forecast: the head then costs nothing (the official code computes all positions).
 
         Returns
         -------
         Tensor, Tensor, shape (B, history + 1), or (B,) if ``last_only``
+
+        Raises
+        ------
+        ValueError
+            If the shape does not fit the configuration.
         """
         steps, fields = self.config.history + 1, self.config.num_marks + 2
         if sequence.dim() != 3 or tuple(sequence.shape[1:]) != (steps, fields):
             raise ValueError(
-                f"sequence has shape {tuple(sequence.shape)}; give (B, {steps}, {fields}): {self.config.history} known steps "
-                f"and the one to be forecast, each with its value, {self.config.num_marks} covariates and the series id"
+                f"sequence has shape {tuple(sequence.shape)}; give (B, {steps}, {fields}): {steps - 1} known steps and "
+                f"the one to be forecast, each with its value, {self.config.num_marks} covariates and the series id"
             )
+        sequence = sequence.clone()
+        sequence[:, -1, 0] = -1.0  # differs from the official code: there the caller has to hide the value
         nodes, spec = self.encoder(self.embedding(sequence))
         if last_only:
             found = last_nodes(nodes, spec)
@@ -620,22 +699,31 @@ class OneStepPyraformer(nn.Module):
         mean, deviation = self.mean(found).squeeze(-1), F.softplus(self.deviation(found)).squeeze(-1)
         return F.softplus(mean) if self.positive else mean, deviation + self.floor
 
-# %% ../../nbs/pyraformer/03_model.ipynb #37ca3f09
+# %% ../../nbs/pyraformer/03_model.ipynb #4d688d38
 _RENAMED = (
-    ("encoder.enc_embedding.", "embedding."), ("encoder.embedding.", "embedding."), ("decoder.dec_embedding.", "decoder.embedding."),
-    ("value_embedding.tokenConv.", "value.conv."), ("temporal_embedding.embed.", "marks."), ("temporal_embedding.", "marks."),
-    ("seqid_embedding.", "names."), (".data_emb.", ".value.conv."), (".cov_emb.", ".marks."),
-    ("encoder.conv_layers.conv_layers.", "encoder.coarsen.steps."), ("encoder.conv_layers.", "encoder.coarsen."), (".downConv.", ".conv."),
-    (".slf_attn.", ".attention."), (".pos_ffn.", ".feed_forward."), (".layer_norm.", ".norm."),
-    (".w_qs.", ".query."), (".w_ks.", ".key."), (".w_vs.", ".value."), (".fc.", ".out."), (".w_1.", ".inner."), (".w_2.", ".outer."),
+    ("encoder.enc_embedding.", "embedding."), ("encoder.embedding.", "embedding."),
+    ("decoder.dec_embedding.", "decoder.embedding."), ("value_embedding.tokenConv.", "value.conv."),
+    ("temporal_embedding.embed.", "marks."), ("temporal_embedding.", "marks."), ("seqid_embedding.", "names."),
+    (".data_emb.", ".value.conv."), (".cov_emb.", ".marks."),
+    ("encoder.conv_layers.conv_layers.", "encoder.coarsen.steps."), ("encoder.conv_layers.", "encoder.coarsen."),
+    (".downConv.", ".conv."), (".slf_attn.", ".attention."), (".pos_ffn.", ".feed_forward."),
+    (".layer_norm.", ".norm."), (".w_qs.", ".query."), (".w_ks.", ".key."), (".w_vs.", ".value."), (".fc.", ".out."),
+    (".w_1.", ".inner."), (".w_2.", ".outer."),
     ("predictor.linear.", "head."), ("mean_hidden.linear.", "mean."), ("var_hidden.linear.", "deviation."),
 )  # fmt: skip
 
 
-def official_names(names: Sequence[str]) -> dict[str, str]:
+def official_names(names: Iterable[str]) -> dict[str, str]:
     """Return the name in the official code -> the name here, for every entry of an official state dict that we keep.
 
-    The tables of positions are left out, since they are computed. The prefix ``module.`` of ``DataParallel`` is taken off.
+    The tables of positions are left out, since they are computed. The prefix ``module.`` of ``DataParallel`` is taken
+    off. A name that the official code does not have comes back as it is.
+
+    Examples
+    --------
+    >>> official_names(["module.encoder.layers.0.slf_attn.w_qs.weight", "predictor.linear.weight"])
+    {'module.encoder.layers.0.slf_attn.w_qs.weight': 'encoder.layers.0.attention.query.weight',
+     'predictor.linear.weight': 'head.weight'}
     """
     found = {}
     for name in names:
@@ -644,11 +732,23 @@ def official_names(names: Sequence[str]) -> dict[str, str]:
             continue
         for theirs, new in _RENAMED:
             ours = ours.replace(theirs, new)
-        if ours.startswith("decoder.layers."):
-            _, _, number, part, rest = ours.split(".", 4)
-            ours = f"decoder.{part}s.{number}.{rest}"
+        match ours.split(".", 4):
+            case ["decoder", "layers", number, part, rest]:
+                ours = f"decoder.{part}s.{number}.{rest}"
         found[name] = ours
     return found
+
+# %% ../../nbs/pyraformer/03_model.ipynb #63074ffb
+def _misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Return how two state dicts differ in names and shapes."""
+    faults = [f"lacks {name}" for name in sorted(own.keys() - given.keys())]
+    faults += [f"has {name}, which the model does not" for name in sorted(given.keys() - own.keys())]
+    faults += [
+        f"has {name} of shape {tuple(given[name].shape)} where the model has {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & given.keys())
+        if own[name].shape != given[name].shape
+    ]
+    return faults
 
 
 def load_official_state_dict(model: Pyraformer | OneStepPyraformer, state: Mapping[str, Tensor]) -> None:
@@ -663,22 +763,17 @@ def load_official_state_dict(model: Pyraformer | OneStepPyraformer, state: Mappi
     Raises
     ------
     CheckpointError
-        If a name or shape does not fit: the message lists the differences and the settings that decide them.
+        If a name or shape does not fit: the message lists the differences and the settings that decide them. The
+        model is then unchanged.
     """
-    names = official_names(list(state))
-    renamed = {ours: state[theirs] for theirs, ours in names.items()}
-    own = model.state_dict()
-    faults = [f"lacks {name}" for name in sorted(own.keys() - renamed.keys())]
-    faults += [f"has {name}, which the model does not" for name in sorted(renamed.keys() - own.keys())]
-    faults += [
-        f"has {name} of shape {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
-        for name, value in renamed.items()
-        if name in own and value.shape != own[name].shape
-    ]
+    if isinstance(state.get("state_dict"), Mapping):
+        raise CheckpointError("this is a whole checkpoint; give its entry checkpoint['state_dict']")
+    renamed = {ours: state[theirs] for theirs, ours in official_names(state).items()}
+    faults = _misfits(model.state_dict(), renamed)
     if faults:
         more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(
             "the official weights do not fit this configuration; they\n  " + "\n  ".join(faults[:8]) + more
-            + "\nCompare windows, d_model, d_k, num_heads, d_inner, num_layers, d_bottleneck, head, horizon and embedding"
+            + "\nCompare windows, d_model, d_k, num_heads, d_inner, num_layers, d_bottleneck, head, horizon, embedding"
         )  # fmt: skip
     model.load_state_dict(renamed)
