@@ -137,6 +137,7 @@ def test_marks_round_towards_the_past():
 def test_marks_follow_the_local_clock():
     index = pd.date_range("2024-03-30 12:00", periods=48, freq="h", tz="Europe/Berlin")
     close(time_marks(index), time_marks(index.tz_localize(None)))
+    close(time_marks(pd.Series(index)), time_marks(index))
     close(time_marks(index)[:, 0] * 23 + 11.5, index.hour)
 
 
@@ -374,6 +375,20 @@ def test_a_batch_of_several_series_keeps_its_ids():
     _, _, mark_x, mark_y = next(iter(loader))
     for mark in (mark_x, mark_y):
         assert torch.equal(mark[..., -1], torch.arange(3.0).repeat_interleave(7)[:, None].expand(mark.shape[:2]))
+
+
+def test_windows_give_their_series_back():
+    values = [np.random.default_rng(k).normal(size=(n, 2)) for k, n in enumerate((9, 14))]
+    data = WindowDataset(values, [np.zeros((n, 1)) for n in (9, 14)], 3, 2, scaler=MeanScaler())
+    for found, expected in zip(data.series, values, strict=True):
+        close(found, expected, 0)
+        found[:] = 0  # copies
+    close(data.series[1], values[1], 0)
+
+
+def test_a_table_fits_together():
+    with pytest.raises(ValueError, match=r"values has shape \(3, 1\); 3 stamps and 2 channels need \(3, 2\)"):
+        SeriesTable(hours(3), np.zeros((3, 1)), ("a", "b"))
 
 
 def test_length_is_known_before_the_first_window():
@@ -729,6 +744,7 @@ def test_one_step_windows_by_their_definition(length, horizon, stride, series, s
         ],
         1e-12,
     )
+    assert data.num_marks == 4
     single = data[len(data) - 1]
     for part, whole in zip(single, data.batch(range(len(data))), strict=True):
         assert part.dtype == torch.float32 and torch.equal(part, whole[-horizon:])
@@ -838,6 +854,8 @@ def test_pjm_puts_hours_in_order(tmp_path, monkeypatch):
         load_pjm(["AEP"], "2020-01-02", "2020-01-01")
     with pytest.raises(ValueError, match="choose mean or refuse"):
         load_pjm(["AEP"], duplicates="first")
+    with pytest.raises(ValueError, match="no series 'ERCOT'; choose of AEP"):
+        load_pjm(["AEP", "ERCOT"])
     with pytest.raises(ValueError, match="give a list of names"):
         load_pjm("AEP")
 
@@ -1178,6 +1196,12 @@ REFUSED = {
         {},
         DataError,
         r"series 'b': 2 of 30 values are missing \(stamps absent: 2, NaN: 0\), the first at 2024-01-01 03.*impute=",
+    ),
+    "absent whole numbers": (
+        lambda: one(4).assign(ds=[0, 1, 2, 4]),
+        {},
+        DataError,
+        r"1 of 5 values are missing \(stamps absent: 1, NaN: 0\), the first at 3;",
     ),
     "nan": (
         lambda: one().assign(y=one().y.where(one().index != 7)),
