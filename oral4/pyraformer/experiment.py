@@ -18,16 +18,7 @@ from ..measure.environment import peak_accelerator_bytes, peak_resident_bytes
 from ..measure.experiment import Experiment
 from ..measure.intervals import loglog_slope, ratio_interval
 from ..measure.timing import Timing, compare, peak_memory, timeit
-from oral4.pyraformer.accuracy import (
-    AblationConfig,
-    AccuracyConfig,
-    OneStepExperiment,
-    SinesConfig,
-    run_ablation,
-    run_accuracy,
-    run_one_step,
-    run_sines,
-)
+from . import accuracy
 from .attention import PyramidalAttention, _edge_products, attention_gather, attention_shift
 from .graph import PyramidSpec, dense_mask, edges, hops, neighbour_table, path_length
 
@@ -574,8 +565,8 @@ EXPERIMENTS = (
     Experiment(
         name="pyraformer/accuracy",
         summary="Long-range forecasts of ETTh1 and ETTh2: the paper's model, today's, and the floor",
-        config=AccuracyConfig,
-        run=run_accuracy,
+        config=accuracy.AccuracyConfig,
+        run=accuracy.run_accuracy,
         units={
             **{
                 f"{metric}_{name}": ""
@@ -618,8 +609,8 @@ EXPERIMENTS = (
     Experiment(
         name="pyraformer/ablation",
         summary="ETTh1, a week ahead: one setting of the paper's model changed at a time",
-        config=AblationConfig,
-        run=run_ablation,
+        config=accuracy.AblationConfig,
+        run=accuracy.run_ablation,
         units={
             "mse": "",
             "mae": "",
@@ -641,10 +632,10 @@ EXPERIMENTS = (
         ),
     ),
     Experiment(
-        name="pyraformer/one-step",
+        name="pyraformer/one_step",
         summary="Hourly load of ten regions, one step ahead with its uncertainty, beside a ridge regression",
-        config=OneStepExperiment,
-        run=run_one_step,
+        config=accuracy.OneStepExperiment,
+        run=accuracy.run_one_step,
         units={
             **{
                 f"{metric}_{name}": unit
@@ -657,7 +648,7 @@ EXPERIMENTS = (
             "nrmse_faithful_to_ridge": "",
             "nrmse_modern_to_ridge": "",
             "crps_modern_to_ridge": "",
-        },  # fmt: skip
+        },
         tolerance={"nrmse_ridge": 1e-3, "nrmse_naive": 1e-6, "nrmse_modern": 0.15, "calibrated_coverage_modern": 0.05},
         better={"nrmse_faithful": "lower", "nrmse_modern": "lower", "crps_modern": "lower"},
         notes=(
@@ -669,8 +660,8 @@ EXPERIMENTS = (
     Experiment(
         name="pyraformer/sines",
         summary="Sums of sines: windows that match the periods, equal windows, no edges between scales",
-        config=SinesConfig,
-        run=run_sines,
+        config=accuracy.SinesConfig,
+        run=accuracy.run_sines,
         units={
             **{f"{metric}_{arm}": "" for arm in ("matched", "equal", "window", "full") for metric in ("mse", "mae")},
             "mse_ridge": "",
