@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 from .baselines import RidgeNLinear, Score, daily_profile, score_windows, seasonal_naive
+from .coarsen import CoarserScaleConstruction
 from .data import Splits, WindowDataset, ett_splits, load_pjm, make_sines, one_step_splits
 from .long_range import Protocol, fit_linear, make_faithful, make_modern, score, small_config, train_long_range
-from .model import OFFICIAL, OneStepPyraformer, PyraformerConfig
+from .model import OFFICIAL, OneStepPyraformer, Pyraformer, PyraformerConfig
 from .modern import ModernConfig
 from .probabilistic import OneStepConfig, RidgeSkip, fit_ridge, one_step_report, train_one_step
 
 # %% auto #0
-__all__ = ['REPORTED', 'ARMS', 'AccuracyConfig', 'floors', 'run_accuracy', 'AblationConfig', 'run_ablation', 'OneStepExperiment',
-           'run_one_step', 'SinesConfig', 'sine_splits', 'run_sines']
+__all__ = ['REPORTED', 'ARMS', 'AccuracyConfig', 'floors', 'run_accuracy', 'SizesConfig', 'run_sizes', 'AblationConfig',
+           'run_ablation', 'OneStepExperiment', 'run_one_step', 'SinesConfig', 'sine_splits', 'run_sines']
 
 # %% ../../nbs/pyraformer/08_accuracy.ipynb #55c08b44
 REPORTED = {168: (0.808, 0.683), 336: (0.945, 0.766), 720: (1.022, 0.806)}
@@ -152,6 +153,52 @@ def run_accuracy(config: AccuracyConfig, seed: int) -> dict[str, float | list[fl
     }
 
 # %% ../../nbs/pyraformer/08_accuracy.ipynb #f139697f
+@dataclass(frozen=True, kw_only=True)
+class SizesConfig:
+    """Which official settings are counted."""
+
+    settings: tuple[str, ...] = tuple(OFFICIAL)
+
+    @classmethod
+    def smoke(cls) -> SizesConfig:
+        """Return the same as at `mini`: counting is quick."""
+        return cls()
+
+    @classmethod
+    def mini(cls) -> SizesConfig:
+        """Return all of them."""
+        return cls()
+
+
+def run_sizes(config: SizesConfig, seed: int) -> dict[str, float | list[float]]:
+    """Return parameters and query-key pairs of the official settings, and what the bottleneck saves; nothing is random."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def construction(kind: str, narrow: int | None) -> int:
+        """Parameters of the construction module without its normalisation layers, as the paper counts them."""
+        module = CoarserScaleConstruction(512, (4, 4, 4), kind, d_bottleneck=narrow)
+        norms = (torch.nn.LayerNorm, torch.nn.BatchNorm1d)
+        return count(module) - sum(count(part) for part in module.modules() if isinstance(part, norms))
+
+    parameters, pairs = [], []
+    with torch.device("meta"):  # counted, not filled
+        for name in config.settings:
+            setting = PyraformerConfig.official(name)
+            one_step = setting.embedding == "one_step"
+            parameters.append(float(count(OneStepPyraformer(setting) if one_step else Pyraformer(setting))))
+            pairs.append(float(setting.spec.num_edges() * setting.num_heads * setting.num_layers))
+        narrow, wide = construction("bottleneck", 128), construction("conv", None)
+    return {
+        "parameters": parameters,
+        "pairs": pairs,
+        "bottleneck_parameters": float(narrow),
+        "conv_parameters": float(wide),
+        "saving": 1 - narrow / wide,
+    }
+
+# %% ../../nbs/pyraformer/08_accuracy.ipynb #83831dba
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
     "A=1": {"neighbours": 1},
@@ -232,7 +279,7 @@ def run_ablation(config: AblationConfig, seed: int) -> dict[str, float | list[fl
         "spread": max(others) - min(others),
     }
 
-# %% ../../nbs/pyraformer/08_accuracy.ipynb #83831dba
+# %% ../../nbs/pyraformer/08_accuracy.ipynb #2cbc98e8
 @dataclass(frozen=True, kw_only=True)
 class OneStepExperiment:
     """Hourly load of regions, the next hour from the last week."""
@@ -304,7 +351,7 @@ def run_one_step(config: OneStepExperiment, seed: int) -> dict[str, float]:
         "crps_modern_to_ridge": report["modern"]["crps"] / report["AR ridge"]["crps"],
     }
 
-# %% ../../nbs/pyraformer/08_accuracy.ipynb #2cbc98e8
+# %% ../../nbs/pyraformer/08_accuracy.ipynb #6b9faceb
 _SINE_UNIT = 10.0  # the amplitudes lie between 5 and 10
 
 

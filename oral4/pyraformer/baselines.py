@@ -448,6 +448,12 @@ class RidgeNLinear:
         Shrink towards `daily_profile` of this period, and not towards repeating the anchor.
     intercept : bool
         Learn b, which is not penalised. Without it b is 0, and a drift of the training years is not carried on.
+    balance : float, in [0, 1]
+        Let stretches of every series count with their own error to the power ``-2 balance``, where 0 is plain least
+        squares: the squared error of a wild month outweighs that of many calm ones. 0.5 is the first step of
+        reweighting towards the least sum of root mean squared errors.
+    block : int, >= 1, optional
+        Windows in such a stretch; four histories if left out.
 
     Attributes
     ----------
@@ -489,9 +495,14 @@ class RidgeNLinear:
         anchor: str = "last",
         period: int | None = None,
         intercept: bool = False,
+        balance: float = 0.0,
+        block: int | None = None,
     ):
         self.history, self.horizon = _count("history", history), _count("horizon", horizon)
         self.penalties = _penalties(penalty)
+        if not 0 <= balance <= 1:
+            raise ValueError(f"balance={balance!r}; give a number from 0 (plain least squares) to 1")
+        self.balance, self.block = balance, _count("block", 4 * self.history if block is None else block)
         if anchor not in ("last", "mean", "none"):
             raise ValueError(f"anchor={anchor!r} is unknown; choose one of last, mean, none")
         self.anchor, self.period, self.intercept = anchor, period, intercept
@@ -534,6 +545,8 @@ class RidgeNLinear:
             observed = [channel[~np.isnan(channel)] for channel in channels]
             self._level = float(sum(x.sum() for x in observed) / max(sum(map(len, observed)), 1))
         gram, total, count = self._sums(channels, stride, "the series")
+        if self.balance:
+            gram, total = self._balanced(channels, stride, gram, total, count)
         held_out = None if validation is None else self._sums(validation, stride, "validation")
         mean = total / count if self.intercept else np.zeros_like(total)
         moment = gram - count * np.outer(mean, mean)
@@ -551,6 +564,35 @@ class RidgeNLinear:
         self.bias = self.bias + self._level * (1 - self.weight.sum(axis=1))
         self.num_windows = count
         return self
+
+    def _blocks(self, channels: list[np.ndarray], stride: int) -> Iterator[WindowSums]:
+        """Yield the sums of every stretch; each complete window is in one of them."""
+        width, step = self.history + self.horizon, max(stride, self.block // stride * stride)
+        for channel in channels:
+            for start in range(0, len(channel) - width + 1, step):
+                part = channel[start : start + step - 1 + width]
+                if any(run.stop - run.start >= width for run in _runs(part)):
+                    yield self._sums([part], stride, "a block")
+
+    def _balanced(
+        self, channels: list[np.ndarray], stride: int, gram: np.ndarray, total: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sums in which every stretch counts by its own error under the plain fit."""
+        past, future = slice(None, self.history), slice(self.history, None)
+        xx, xy = gram[past, past], gram[past, future]
+        ((_, change, _),) = _ridge_path(xx, xy - xx @ self._prior.T, [float(np.median(self.penalties))])
+        plain, no_bias = self._prior + change, np.zeros(self.horizon)
+        # two passes: the sums of all stretches together would take far more memory than the series
+        errors, counts = np.transpose([
+            (_mean_square(sums, plain, no_bias), sums.num_windows) for sums in self._blocks(channels, stride)
+        ])
+        share = (errors + 0.01 * np.average(errors, weights=counts)) ** -self.balance  # a stuck sensor has no error at all
+        share /= np.average(share, weights=counts)
+        gram, total = np.zeros_like(gram), np.zeros_like(total)
+        for weight, sums in zip(share, self._blocks(channels, stride), strict=True):
+            gram += weight * sums.gram
+            total += weight * sums.total
+        return gram, total
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "weight"):

@@ -607,6 +607,18 @@ EXPERIMENTS = (
         ),
     ),
     Experiment(
+        name="pyraformer/sizes",
+        summary="Parameters and query-key pairs of the official settings, counted",
+        config=accuracy.SizesConfig,
+        run=accuracy.run_sizes,
+        units={"parameters": "", "pairs": "pairs", "bottleneck_parameters": "", "conv_parameters": "", "saving": ""},
+        tolerance={"parameters": 0.0, "pairs": 0.0, "bottleneck_parameters": 0.0, "conv_parameters": 0.0, "saving": 0.0},
+        notes=(
+            "In the order of the configuration. bottleneck_parameters, conv_parameters: of the construction module at width "
+            "512 without normalisation layers; saving: one less their ratio."
+        ),
+    ),
+    Experiment(
         name="pyraformer/ablation",
         summary="ETTh1, a week ahead: one setting of the paper's model changed at a time",
         config=accuracy.AblationConfig,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,10 +34,24 @@ class ChannelIndependent(nn.Module):
     ----------
     model : ModernPyraformer
         Of one output; without covariates.
+
+    Raises
+    ------
+    ValueError
+        If the model has several outputs, or wants covariates: a table has none.
+
+    Examples
+    --------
+    >>> model = ChannelIndependent(ModernPyraformer(ModernConfig(history=168, horizon=24)))
+    >>> model(torch.randn(2, 168, 7), torch.zeros(2, 168, 4), torch.zeros(2, 24, 4)).shape
+    torch.Size([2, 24, 7])
     """
 
     def __init__(self, model: ModernPyraformer):
         super().__init__()
+        given = {name: getattr(model.config, name) for name in ("num_outputs", "num_past", "num_future", "num_static")}
+        if list(given.values()) != [1, 0, 0, 0]:
+            raise ValueError(f"the model has {given}; for a table give one of a single output and no covariates")
         self.model = model
 
     def forward(self, x: Tensor, marks: Tensor, future_marks: Tensor) -> Tensor:
@@ -48,8 +64,8 @@ class ChannelIndependent(nn.Module):
 def score(model: nn.Module, windows: WindowDataset, *, stride: int = 1, batch: int = 128) -> Score:
     """Return mean squared and absolute error over windows, steps and channels.
 
-    Every window counts once, the last of them too (some loaders drop an incomplete batch, and with it up to 5 % of
-    the test windows of ETTh1).
+    Every window counts once, the last of them too. (A loader that drops an incomplete batch of 128 leaves out 113 of
+    the 2,161 test windows of ETTh1 at 720 steps.)
 
     Parameters
     ----------
@@ -59,7 +75,15 @@ def score(model: nn.Module, windows: WindowDataset, *, stride: int = 1, batch: i
     stride : int, >= 1
         Every so many windows only; 1 for a result.
     batch : int, >= 1
+        Windows at a time. It changes speed and memory, and nothing else.
+
+    Raises
+    ------
+    ValueError
+        If stride or batch is below 1.
     """
+    if min(stride, batch) < 1:
+        raise ValueError(f"stride={stride}, batch={batch}: give whole numbers from 1 on")
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -101,7 +125,7 @@ class Protocol:
     loss: str = "mse"
     '``"mse"``, ``"mae"`` or ``"huber"`` (quadratic up to an error of 0.5).'
     evaluations: int = 4
-    "How often the state is judged, at equal distances; per epoch with ``schedule='steps'``."
+    "How often the state is judged, at equal distances; with ``schedule='steps'`` after each epoch instead."
     validation_stride: int = 4
     "Judge on every so many validation windows."
     select: str = "validation"
@@ -119,9 +143,15 @@ class Protocol:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("updates", "batch", "evaluations", "validation_stride", "test_stride"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number from 1 on")
+        for name in ("updates", "epochs", "batch", "evaluations", "validation_stride", "test_stride"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and (name, value) != ("epochs", None):
+                raise ValueError(f"{name}={value!r}: give a whole number from 1 on{' or None' * (name == 'epochs')}")
+        for name in ("lr", "decay", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a finite number from 0 on")
+        if self.keep_initial and self.select == "last":
+            raise ValueError("keep_initial=True needs a judge: with select='last' the last state is taken unseen")
 
     @classmethod
     def official(cls, **changes: Any) -> Protocol:
@@ -142,12 +172,15 @@ class Outcome:
     test: Score
     "On every test window, unless the protocol says otherwise."
     validation: Score
-    "On the validation windows that the state was chosen by."
+    "On the validation windows, every so many of them as the protocol says."
     step: int
     "Update at which the chosen state stood; 0 is the state before training."
     updates: int
+    "Updates made in all."
     seconds: float
+    "Wall time of the training, evaluations on the way included."
     history: dict[str, list[Any]]
+    "Columns of the log, ``step``, ``loss``, ``lr`` and ``val_mse`` among them; None where a row has no such entry."
 
 
 def _loss(kind: str, forecast: Tensor, y: Tensor) -> Tensor:
@@ -156,6 +189,20 @@ def _loss(kind: str, forecast: Tensor, y: Tensor) -> Tensor:
     if kind == "mae":
         return nn.functional.l1_loss(forecast, y)
     return nn.functional.huber_loss(forecast, y, delta=0.5)
+
+
+@contextmanager
+def _training_on(device: str) -> Iterator[None]:
+    """Let `oral4.train.fit`, which reads the environment, use a device for a block."""
+    before = os.environ.get("ORAL4_DEVICE")
+    os.environ["ORAL4_DEVICE"] = device
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ORAL4_DEVICE"]
+        else:
+            os.environ["ORAL4_DEVICE"] = before
 
 
 def train_long_range(
@@ -174,12 +221,25 @@ def train_long_range(
     seed : int
         Of the order of the windows and of dropout.
     device : str
+        ``"cpu"`` or ``"cuda"``; it holds for this run, whatever ``$ORAL4_DEVICE`` says.
     progress : bool
+        Show progress on stdout.
+
+    Returns
+    -------
+    Outcome
 
     Raises
     ------
     FloatingPointError
         If the loss is not finite.
+    ValueError
+        If a batch is larger than the training part.
+
+    Guarantees
+    ----------
+    On a CPU the same model, splits, protocol and seed give the same weights, bit for bit. The state of the global
+    generator is left as it was.
     """
     protocol = Protocol() if protocol is None else protocol
     model.to(device)
@@ -218,14 +278,15 @@ def train_long_range(
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, per_epoch, protocol.decay)
         every = per_epoch
     choosing = protocol.select != "last"
-    result = fit(
-        step, model, optimizer, batches,
-        TrainConfig(
-            steps=updates, clip_norm=protocol.clip_norm, ema_decay=protocol.ema_decay, seed=seed, progress=progress,
-            precision=protocol.precision, monitor="mse" if choosing else None, evaluate_every=every if choosing else None,
-        ),
-        scheduler=scheduler, evaluate=evaluate if choosing else None,
-    )  # fmt: skip
+    with _training_on(device):
+        result = fit(
+            step, model, optimizer, batches,
+            TrainConfig(
+                steps=updates, clip_norm=protocol.clip_norm, ema_decay=protocol.ema_decay, seed=seed, progress=progress,
+                precision=protocol.precision, monitor="mse" if choosing else None, evaluate_every=every if choosing else None,
+            ),
+            scheduler=scheduler, evaluate=evaluate if choosing else None,
+        )  # fmt: skip
     chosen = result.best_step if result.best_step is not None else result.step
     if initial is not None and (result.best_value is None or result.best_value >= first):
         model.load_state_dict(initial)
@@ -243,6 +304,11 @@ def small_config(history: int, horizon: int, num_series: int = 7, **changes: Any
     history, horizon, num_series : int
     **changes
         Fields of `PyraformerConfig` to change.
+
+    Examples
+    --------
+    >>> small_config(168, 168).spec.sizes
+    (169, 42, 10, 2)
     """
     neighbours = 3 if history < 300 else 5  # as in the official scripts
     return replace(
@@ -301,5 +367,5 @@ def fit_linear(config: ModernConfig, splits: Splits, *, period: int = 24) -> Rid
         Season whose profile it is shrunk towards.
     """
     anchor = {"last": "last", "mean": "mean", "revin": "mean", "none": "none"}[config.instance_norm]
-    ridge = RidgeNLinear(config.history, config.horizon, PENALTIES, anchor=anchor, period=period)
+    ridge = RidgeNLinear(config.history, config.horizon, PENALTIES, anchor=anchor, period=period, balance=0.5)
     return ridge.fit(splits.train.series, validation=splits.val.series)
