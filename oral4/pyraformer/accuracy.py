@@ -284,8 +284,8 @@ def run_ablation(config: AblationConfig, seed: int) -> dict[str, float | list[fl
 class OneStepExperiment:
     """Hourly load of regions, the next hour from the last week."""
 
-    regions: int = 10
-    "Of the ten regions that overlap in time."
+    regions: tuple[str, ...] = ("AEP", "COMED", "DAYTON", "DEOK", "DOM", "EKPC", "FE", "PJME", "PJMW")
+    "See `oral4.pyraformer.data.load_pjm`."
     history: int = 168
     train_hours: int = 26_280
     "Three years."
@@ -302,7 +302,7 @@ class OneStepExperiment:
     def smoke(cls) -> OneStepExperiment:
         """Return seconds' worth."""
         return cls(
-            regions=1, train_hours=2_000, calibration_hours=1_000, test_hours=1_000, stride=240, epochs=2, windows_per_epoch=8,
+            regions=("PJME",), train_hours=2_000, calibration_hours=1_000, test_hours=1_000, stride=240, epochs=2, windows_per_epoch=8,
             d_model=16,
         )  # fmt: skip
 
@@ -319,7 +319,7 @@ class OneStepExperiment:
 
 def _one_step_model(config: OneStepExperiment, seed: int, mean: str) -> OneStepPyraformer:
     setting = PyraformerConfig.official(
-        "Electricity-1", history=config.history, num_ids=config.regions, d_model=config.d_model, d_k=config.d_model // 4,
+        "Electricity-1", history=config.history, num_ids=len(config.regions), d_model=config.d_model, d_k=config.d_model // 4,
         d_inner=2 * config.d_model, num_layers=2, d_bottleneck=config.d_model // 4,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -329,12 +329,12 @@ def _one_step_model(config: OneStepExperiment, seed: int, mean: str) -> OneStepP
 
 def run_one_step(config: OneStepExperiment, seed: int) -> dict[str, float]:
     """Return scores of the one-step model, of the same on top of a ridge, and of the floor, of one seed."""
-    table = load_pjm()
-    table = replace(table, values=table.values[:, : config.regions], channels=table.channels[: config.regions])
-    ends = np.cumsum([config.train_hours, config.calibration_hours, config.test_hours])
+    table = load_pjm(config.regions)
+    learnt = config.train_hours + config.calibration_hours
+    ends = (config.train_hours, learnt, learnt + config.test_hours)
     length = config.history + 1
-    train, _, _ = one_step_splits(table, tuple(int(end) for end in ends), length=length)
-    _, calibration, test = one_step_splits(table, tuple(int(end) for end in ends), length=length, stride=config.stride)
+    train, _, _ = one_step_splits(table, ends, length=length)
+    _, calibration, test = one_step_splits(table, ends, length=length, stride=config.stride)
     setting = OneStepConfig.mini(epochs=config.epochs, windows_per_epoch=config.windows_per_epoch, seed=seed, progress=False)
     official = _one_step_model(config, seed, "softplus").to(config.device)
     train_one_step(official, train, setting, validation=calibration)

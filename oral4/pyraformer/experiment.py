@@ -645,7 +645,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         name="pyraformer/one_step",
-        summary="Hourly load of ten regions, one step ahead with its uncertainty, beside a ridge regression",
+        summary="Hourly load of nine regions, one step ahead with its uncertainty, beside a ridge regression",
         config=accuracy.OneStepExperiment,
         run=accuracy.run_one_step,
         units={
