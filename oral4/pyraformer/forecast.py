@@ -5,13 +5,15 @@
 # %% ../../nbs/pyraformer/06_forecast.ipynb #eb990683
 from __future__ import annotations
 
+import contextlib
 import html
 import math
+import os
 import re
 import time as clock
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,20 @@ from torch import Tensor
 
 from .. import settings
 from ..errors import CheckpointError, DataError, require
-from .baselines import RidgeNLinear, daily_profile, repeat_last, seasonal_naive, window_mean
-from .data import Panel, PanelSeries, calendar_features, check_frame, check_future, future_index
-from .metrics import split_conformal
-from .modern import ModernConfig, ModernPyraformer, Outputs
-from .probabilistic import Head, PointHead, make_head
 from ..train import TrainConfig, derive_seed
 from ..train import fit as train_model
 from ..train.checkpoint import plain
 from ..train.randomness import own_randomness
 from ..train.storage import decode, encode, read, write
+from .baselines import RidgeNLinear, daily_profile, repeat_last, seasonal_naive, window_mean
+from .data import Panel, PanelSeries, calendar_features, check_frame, check_future, future_index
+from .metrics import split_conformal
+from .modern import ModernConfig, ModernPyraformer, Outputs
+from .probabilistic import Head, PointHead, make_head
 
 # %% auto #0
 __all__ = ['DISTRIBUTIONS', 'CANDIDATES', 'FORMAT', 'natural_seasons', 'find_seasons', 'ForecasterConfig', 'fill_from_past',
-           'choose', 'Forecaster']
+           'choose', 'Report', 'Forecaster']
 
 # %% ../../nbs/pyraformer/06_forecast.ipynb #ae7e1200
 _STEPS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "D": 86_400.0}
@@ -159,18 +161,18 @@ class ForecasterConfig:
     "Show the model hour, weekday, month and so on, as far as the data go twice through them."
     d_model: int = 64
     num_layers: int = 2
-    dropout: float = 0.2
+    dropout: float = 0.1
     steps: int = 600
     "Most updates of the weights; 0 leaves the model at the ridge regression."
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float = 2e-3
     patience: int = 5
     "Stop after so many evaluations without a better one; there are 20 in ``steps``."
     seconds: float | None = None
     "Stop the training after this time. The result then depends on the machine; without it, on the seed alone."
     seed: int = 0
     device: str | None = None
-    "cpu, cuda and so on; by default $ORAL4_DEVICE, else the fastest."
+    "Where to train: cpu, cuda and so on; by default $ORAL4_DEVICE, else the fastest. Forecasts are made on the CPU."
     progress: bool = False
     "Show a bar while training."
 
@@ -183,12 +185,12 @@ class ForecasterConfig:
 
     @classmethod
     def quick(cls, **changes: Any) -> ForecasterConfig:
-        """A small model and little training: seconds."""
-        return cls(**{"d_model": 32, "num_layers": 1, "steps": 150, "lr": 2e-3, **changes})
+        """Return settings for a small model and little training."""
+        return cls(**{"d_model": 32, "num_layers": 1, "steps": 150, "lr": 4e-3, **changes})
 
     @classmethod
     def accurate(cls, **changes: Any) -> ForecasterConfig:
-        """A larger model, trained until validation says stop: minutes on a CPU."""
+        """Return settings for a larger model, trained as long as validation says that it helps; slow without a GPU."""
         return cls(**{"d_model": 128, "num_layers": 3, "steps": 4000, "lr": 5e-4, "patience": 8, **changes})
 
 
@@ -365,6 +367,17 @@ class _Windows:
             found = np.where((place >= cuts[series, :1]) & (place < cuts[series, 1:]), found, np.nan)
         return found
 
+    def unrest(self, series: np.ndarray, origins: np.ndarray, season: int) -> np.ndarray:
+        """Return how much the values changed from season to season of late, (n,): over seven seasons or 48 steps, within the window."""
+        lag = season if season < self.history_len else 1
+        steps = min(self.history_len, lag + max(7 * lag, 48))
+        place = self._steps(series, origins, -steps, 0)
+        if steps <= lag:
+            return np.zeros(len(series))
+        change = np.abs(self.y[place[:, lag:]] - self.y[place[:, :-lag]])
+        counted = self.known[place[:, lag:]] & self.known[place[:, :-lag]]
+        return (change * counted).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+
     def inputs(self, series: np.ndarray, origins: np.ndarray, config: ModernConfig) -> dict[str, Tensor]:
         """Return what a `ModernPyraformer` takes."""
         past = torch.from_numpy(self._steps(series, origins, -self.history_len, 0))
@@ -397,7 +410,7 @@ def _origins(low: np.ndarray, high: np.ndarray, most: int, season: int) -> tuple
     stride = max(1, -(-total // most))
     while math.gcd(stride, season) > 1:  # every hour of the day has its turn
         stride += 1
-    places = [np.arange(h - 1, l - 1, -stride)[::-1] for l, h in zip(low, high, strict=True)]
+    places = [np.arange(last - 1, first - 1, -stride)[::-1] for first, last in zip(low, high, strict=True)]
     series = np.repeat(np.arange(len(places)), [len(place) for place in places])
     return series, np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
 
@@ -468,6 +481,20 @@ def _run(model: ModernPyraformer, windows: _Windows, series: np.ndarray, origins
             given = windows.inputs(series[part], origins[part], model.config)
             parts.append([each.cpu() for each in model(**{name: value.to(device) for name, value in given.items()})])
     return Outputs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@contextlib.contextmanager
+def _device(chosen: torch.device) -> Iterator[None]:
+    """Let `oral4.train.fit` use a device for a block; it reads the environment."""
+    before = os.environ.get("ORAL4_DEVICE")
+    os.environ["ORAL4_DEVICE"] = str(chosen)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ORAL4_DEVICE"]
+        else:
+            os.environ["ORAL4_DEVICE"] = before
 
 
 def _train_model(
@@ -558,7 +585,7 @@ class _Method:
     out: Outputs | None
     """What the model said, where it forecasts a distribution."""
     difficulty: np.ndarray
-    """(n_series,): how far it is off on average, of each series."""
+    """(n_series,): how far it was off on average on the validation part, of each series."""
     usual: float
     """The same, for a series that was not there."""
 
@@ -571,7 +598,9 @@ class _Calibration:
     target: np.ndarray
     """(n, M), NaN where it does not count."""
     place: np.ndarray
-    """(n,): when the window begins, as a share of the part."""
+    """(n, 2): when the window begins and ends, as shares of the part."""
+    unrest: np.ndarray
+    """(n,): how restless the series was before the window."""
 
 
 def _ends(method_out: Outputs | None, point: np.ndarray, head: Head, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -583,13 +612,31 @@ def _ends(method_out: Outputs | None, point: np.ndarray, head: Head, level: floa
     return found[..., 0], found[..., 1]
 
 
-def _bounds(scores: np.ndarray, level: float) -> np.ndarray:
-    """Return the conformal bound of every step from scores (n, M) with NaN where there is none."""
-    bounds = np.empty(scores.shape[1])
+def _widest(quantiles: Sequence[float]) -> float | None:
+    """Return what the outermost interval of some levels promises to cover, or None if there is none."""
+    return max((abs(2 * level - 1) for level in quantiles if level != 0.5), default=None)
+
+
+def _unit(unrest: np.ndarray, difficulty: np.ndarray) -> np.ndarray:
+    """Return in which unit the errors of windows are measured, (n, 1): a restless series is forecast worse than a quiet one."""
+    return (unrest + 0.1 * difficulty)[:, None]
+
+
+def _scores(method: _Method, calibration: _Calibration, head: Head, level: float) -> np.ndarray:
+    """Return how far each value lay outside the method's own interval, (n, M), in the unit of its window."""
+    low, high = _ends(method.out, method.point, head, level)
+    return np.maximum(low - calibration.target, calibration.target - high) / _unit(calibration.unrest, method.difficulty[calibration.series])
+
+
+def _bounds(scores: np.ndarray, level: float, *, strict: bool = True) -> np.ndarray:
+    """Return the conformal bound of every step from scores (n, M) with NaN where there is none; NaN for an error if not strict."""
+    bounds = np.full(scores.shape[1], np.nan)
     for step, column in enumerate(scores.T):
         try:
             bounds[step] = split_conformal(column[~np.isnan(column)], level)
         except ValueError as error:
+            if not strict:
+                continue
             raise ValueError(
                 f"the quantiles {(1 - level) / 2:.4g} and {(1 + level) / 2:.4g} cannot be calibrated at step {step + 1}: {error}. Ask for "
                 "levels nearer to 0.5, give longer series, or raise calibration="
@@ -598,13 +645,12 @@ def _bounds(scores: np.ndarray, level: float) -> np.ndarray:
 
 
 def _intervals(
-    method: _Method, calibration: _Calibration, head: Head, level: float, point: np.ndarray, out: Outputs | None, difficulty: np.ndarray,
-    rows: np.ndarray | None = None,
+    method: _Method, calibration: _Calibration, head: Head, level: float, point: np.ndarray, out: Outputs | None, unit: np.ndarray,
+    rows: np.ndarray | None = None, strict: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return lower and upper ends (n, M) around new forecasts, in standard units; ``rows`` chooses calibration windows."""
-    low, high = _ends(method.out, method.point, head, level)
-    scores = np.maximum(low - calibration.target, calibration.target - high) / method.difficulty[calibration.series][:, None]
-    margin = _bounds(scores if rows is None else scores[rows], level) * difficulty[:, None]
+    scores = _scores(method, calibration, head, level)
+    margin = _bounds(scores if rows is None else scores[rows], level, strict=strict) * unit
     low, high = _ends(out, point, head, level)
     middle = (low + high) / 2
     return np.minimum(low - margin, middle), np.maximum(high + margin, middle)
@@ -645,7 +691,6 @@ class _Fitted:
     horizon: int
     seasons: tuple[int, ...]
     impute: str | None
-    lengths: tuple[int, ...]
     scaling: _Scaling
     covariates: _Covariates
     head: Head
@@ -681,10 +726,7 @@ def _naive_unit(windows: _Windows, cuts: np.ndarray, season: int) -> np.ndarray:
     """Return the mean change over a season of every series on its training part, in standard units; NaN where there is none."""
     units = []
     for first, a in zip(windows.firsts + windows.history_len, cuts[:, 0], strict=True):
-        z = windows.target[first : first + a]
-        change = np.abs(z[season:] - z[:-season]) if a > season else np.abs(np.diff(z))
-        change = change[~np.isnan(change)]
-        units.append(change.mean() if len(change) and change.mean() > 0 else np.nan)
+        units.append(_seasonal_change(windows.target[first : first + a], season))
     return np.array(units)
 
 
@@ -740,7 +782,7 @@ class _Fit:
         held_out = {name: self._errors(name, *self.validation, self.cuts[:, :2]) for name in names}
         means = {name: found[0] for name, found in held_out.items()}
         if len(self.validation[0]):
-            order = sorted(naive, key=lambda name: float(means[name].mean()))
+            order = sorted(naive, key=lambda name: round(float(means[name].mean()), 12))  # rounding is no difference
             allowed = [*order, *(name for name in ("ridge", "model") if name in names and name in self.config.candidates)]
             best_naive, recommended = order[0], choose({name: means[name] for name in allowed})
         else:
@@ -757,13 +799,34 @@ class _Fit:
             table[name] |= _metrics(self.windows, calibrated[0], target, point, unit)
             if name in kept:
                 methods[name] = _Method(name, point, out, *held_out[name][1:])
-        low, high = cuts.T
-        place = (calibrated[1] - low[calibrated[0]]) / np.maximum(high - low, 1)[calibrated[0]]
+        low, high = (cut[calibrated[0]] for cut in cuts.T)
+        place = np.stack([calibrated[1] - low, calibrated[1] + self.horizon - low], axis=1) / np.maximum(high - low, 1)[:, None]
+        calibration = _Calibration(calibrated[0], target, place, self.windows.unrest(*calibrated, self.season))
+        self.facts |= {"windows": len(calibrated[0]), "steps_per_series": [int(self.lengths.min()), int(self.lengths.max())]}
+        self.facts |= {"held_out": [int(end(cuts[:, 1] - cuts[:, 0])) for end in (np.min, np.max)]}
+        self._check_coverage(methods[recommended], calibration)
         return _Fitted(
-            self._tail(), self.history, self.horizon, self.seasons, self.impute, tuple(self.lengths.tolist()), self.scaling,
-            self.covariates, self.head, best_naive, recommended, methods, _Calibration(calibrated[0], target, place), table,
-            self.facts | {"windows": len(calibrated[0])}, self.notes, self.ridge, model,
+            self._tail(), self.history, self.horizon, self.seasons, self.impute, self.scaling, self.covariates, self.head, best_naive,
+            recommended, methods, calibration, table, self.facts, self.notes, self.ridge, model,
         )  # fmt: skip
+
+    def _check_coverage(self, method: _Method, calibration: _Calibration) -> None:
+        """Note how the widest interval does on the later half of the calibration part when calibrated on the earlier half."""
+        if (level := _widest(self.config.quantiles)) is None:
+            return
+        early, late = calibration.place[:, 1] <= 0.5, calibration.place[:, 0] >= 0.5
+        out = None if method.out is None else Outputs(*(each[torch.from_numpy(late)] for each in method.out))
+        unit = _unit(calibration.unrest[late], method.difficulty[calibration.series[late]])
+        low, high = _intervals(method, calibration, self.head, level, method.point[late], out, unit, rows=early, strict=False)
+        target = calibration.target[late]
+        counted = ~np.isnan(target) & ~np.isnan(low)
+        if counted.any():
+            self.facts["coverage"] = [level, float(np.mean((low <= target)[counted] & (target <= high)[counted]))]
+        if not np.isfinite(_bounds(_scores(method, calibration, self.head, level), level, strict=False)).all():
+            self.notes.append(
+                f"the last {self.cuts[:, 2].max() - self.cuts[:, 1].max()} steps are too few errors to calibrate an interval of {level:.0%} at every "
+                "step: its ends are NaN there. Give longer series, or levels nearer to 0.5"
+            )
 
     def _part(self, begin: int, end: int, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Return windows with targets in a part of every series; an origin may lie up to M - 1 steps before the part."""
@@ -798,7 +861,7 @@ class _Fit:
 
     def _choose_history(self) -> None:
         """Set history, windows and ridge: of a few histories the one that serves the ridge regression best on the validation part."""
-        a, b = self.cuts[:, 0], self.cuts[:, 1]
+        a = self.cuts[:, 0]
         longest = int(np.median(self.lengths))
         if self.config.history is not None:
             tried = [self.config.history]
@@ -810,19 +873,20 @@ class _Fit:
             base = min(base, max(1, longest // 2))
             usable = max(base, (int(np.median(a)) - self.horizon) // 2)
             tried = sorted({base, *(base * factor for factor in (2, 4) if base * factor <= min(usable, 1024))})
-        found: list[tuple[float, int, _Windows, RidgeNLinear | None]] = []
+        errors: dict[int, float] = {}
         for history in tried:
-            windows = _Windows(self.panel, history, self.horizon, self.scaling, self.covariates, self.season)
-            ridge = _fit_ridge(windows, self.cuts, self.season)
-            self.history, self.windows, self.ridge = history, windows, ridge
-            if ridge is None or len(tried) == 1:
-                found.append((math.inf, history, windows, ridge))
-                continue
-            series, origins = self._part(0, 1, 1000)
-            error = ridge.predict(windows.history(series, origins)) - windows.targets(series, origins, self.cuts[:, :2])
-            found.append((float(np.nanmean(error**2)), history, windows, ridge))
-        _, self.history, self.windows, self.ridge = min(found, key=lambda each: each[:2])
-        self.facts: dict[str, Any] = {"histories": {str(history): value for value, history, *_ in found if math.isfinite(value)}}
+            self.history, self.windows = history, _Windows(self.panel, history, self.horizon, self.scaling, self.covariates, self.season)
+            self.ridge = _fit_ridge(self.windows, self.cuts, self.season)
+            if self.ridge is not None and len(tried) > 1:
+                series, origins = self._part(0, 1, 1000)
+                error = self.ridge.predict(self.windows.history(series, origins)) - self.windows.targets(series, origins, self.cuts[:, :2])
+                errors[history] = float(np.nanmean(error**2))
+        # the shortest that is as good as the best up to a hundredth
+        best = min((history for history, error in errors.items() if error <= 1.01 * min(errors.values())), default=tried[0])
+        if best != self.history:
+            self.history, self.windows = best, _Windows(self.panel, best, self.horizon, self.scaling, self.covariates, self.season)
+            self.ridge = _fit_ridge(self.windows, self.cuts, self.season)
+        self.facts: dict[str, Any] = {"histories": {str(history): error for history, error in errors.items()}}
         if self.ridge is None:
             need = self.history + self.horizon
             self.notes.append(
@@ -838,7 +902,9 @@ class _Fit:
         complete = a - self.horizon - self.history + 1  # origins with a whole history
         low = np.where(complete >= min(32, self.horizon), self.history, np.minimum(max(1, self.season), self.history))
         series, origins = _origins(low, np.maximum(a - self.horizon + 1, low), 10**9, 1)
-        usable = np.isfinite(self.windows.targets(series, origins)).any(axis=1) if len(series) < 10**6 else np.ones(len(series), dtype=bool)
+        observed = np.concatenate([[0], np.cumsum(~np.isnan(self.windows.target))])
+        first = self.windows.firsts[series] + self.history + origins
+        usable = observed[first + self.horizon] > observed[first]
         series, origins = series[usable], origins[usable]
         if len(series) < 8 or not len(self.validation[0]) or self.ridge is None:
             self.notes.append(f"{len(series)} windows to train on are too few for a model")
@@ -851,77 +917,684 @@ class _Fit:
         model.to(self.device)
         started = clock.monotonic()
         if self.config.steps:
-            result = _train_model(model, self.head, self.windows, (series, origins), self.validation, self.cuts, self.config)
+            with _device(self.device):
+                result = _train_model(model, self.head, self.windows, (series, origins), self.validation, self.cuts, self.config)
             self.facts |= {"steps": result.step, "best_step": result.best_step, "stopped": result.stopped}
         self.facts |= {"seconds": clock.monotonic() - started, "train_windows": len(series)}
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
         return model.cpu().eval()
 
 # %% ../../nbs/pyraformer/06_forecast.ipynb #4f49cb4f
+@dataclass(frozen=True)
+class Report:
+    """What was fitted and how good it is; printed as text, in a notebook as a table."""
+
+    head: tuple[str, ...]
+    """Sentences."""
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """The first column is the method; a star marks the recommended one."""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        table = [self.columns, *self.rows]
+        widths = [max(len(row[column]) for row in table) for column in range(len(self.columns))]
+        lines = ["  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+        return "\n".join([*self.head, "", *lines, *(f"Note: {note}." for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, row: Sequence[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+        sentences = "".join(f"<p>{html.escape(each)}</p>" for each in (*self.head, *(f"Note: {note}." for note in self.notes)))
+        return f"{sentences}<table><thead>{line('th', self.columns)}</thead><tbody>{''.join(line('td', row) for row in self.rows)}</tbody></table>"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _report(f: _Fitted, backtest: Any = None) -> Report:
+    """Return the report of a fitted forecaster, with the errors of its last backtest if there was one."""
+    facts, panel = f.facts, f.panel
+    low, high = facts["steps_per_series"]
+    lengths = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    seasons = ", ".join(map(str, f.seasons)) if max(f.seasons, default=1) > 1 else "none"
+    low, high = facts["held_out"]
+    head = [
+        f"{len(panel):,} series of {lengths} steps of {panel.freq!r}. {f.horizon} steps ahead from the last {f.history}. Season: {seasons}.",
+        f"Recommended: {f.recommended}, the simplest forecast within the noise of the best on the validation part.",
+    ]
+    if facts["windows"]:
+        head.append(
+            f"Errors on the last {high if low == high else f'{low} to {high}'} steps of the series, which neither trained nor chose anything "
+            f"({facts['windows']:,} windows):"
+        )
+    if "coverage" in facts:
+        level, found = facts["coverage"]
+        head.insert(2, f"The interval of {level:.0%} covered {found:.1%} of the later half of these steps when calibrated on the earlier half.")
+    columns: tuple[str, ...] = ("method", "MASE", "sMAPE", "MSE", "MSE on validation")
+    keys = ("mase", "smape", "mse", "validation")
+    extra: dict[str, tuple[str, ...]] = {}
+    if backtest is not None:
+        columns += ("MASE in backtest", "coverage", "width")
+        means = backtest.groupby("method")[["mase", "coverage", "width"]].mean()
+        extra = {str(name): tuple(_number(float(value)) for value in row) for name, row in zip(means.index, means.to_numpy(), strict=True)}
+    order = sorted(f.table, key=lambda name: (math.isnan(f.table[name]["mse"]), f.table[name]["mse"]))
+    rows = [
+        (f"{'*' if name == f.recommended else ' '} {name}", *(_number(f.table[name][key]) for key in keys), *extra.get(name, ("-",) * (len(columns) - 5)))
+        for name in order
+    ]
+    return Report(tuple(head), columns, tuple(rows), tuple(f.notes))
+
+# %% ../../nbs/pyraformer/06_forecast.ipynb #10b51d7f
+def _names(panel: Panel) -> dict[str, Any]:
+    """Return what `check_frame` has to know to read another table of the same form."""
+    return {name: getattr(panel, name) for name in ("freq", "id", "time", "target", "past", "future", "static")}
+
+
+def _appended(panel: Panel, values: np.ndarray, known: Mapping[Any, np.ndarray]) -> Panel:
+    """Return a panel with forecasts (n, M) behind every series, as if they had been observed."""
+    ahead, longer = future_index(panel, values.shape[1]), []
+    for s, new in zip(panel, values, strict=True):
+        index = s.index.append(ahead[s.id]) if hasattr(s.index, "asi8") else type(s.index)(s.index[0], ahead[s.id][-1] + panel.freq, panel.freq)
+        past = np.concatenate([s.past, np.repeat(s.past[-1:], len(new), axis=0)])
+        seen = np.concatenate([s.observed, np.ones(len(new), dtype=bool)])
+        longer.append(replace(s, index=index, y=np.concatenate([s.y, new]), observed=seen, past=past, future=np.concatenate([s.future, known[s.id]])))
+    return replace(panel, series=tuple(longer))
+
+
+def _forecast(
+    f: _Fitted, panel: Panel, name: str, known: Mapping[Any, np.ndarray], levels: Sequence[float], *, strict: bool = False
+) -> tuple[np.ndarray, dict[float, np.ndarray]]:
+    """Return points (n, M) and quantiles by level, each (n, M), in the units of the data."""
+    season = f.seasons[0] if f.seasons else 1
+    windows = _Windows(panel, f.history, f.horizon, f.scaling, f.covariates, season, known)
+    series = np.arange(len(panel))
+    point, out = _point(name, f.ridge, f.model, f.head, windows, f.seasons, series, windows.lengths)
+    method, place = f.methods[name], {each: number for number, each in enumerate(f.panel.ids)}
+    difficulty = np.array([method.difficulty[place[s.id]] if s.id in place else method.usual for s in panel])
+    unit = _unit(windows.unrest(series, windows.lengths, season), difficulty)
+    level, spread = windows.units.T[..., None]
+    found: dict[float, np.ndarray] = {}
+    for tau in levels:
+        if abs(tau - 0.5) < 1e-9:
+            middle = point if out is None else out.restore(f.head.quantiles(out.raw, [0.5])).double().numpy()[..., 0]
+            found[tau] = middle * spread + level
+            continue
+        low, high = _intervals(method, f.calibration, f.head, abs(2 * tau - 1), point, out, unit, strict=strict)
+        found[tau] = (low if tau < 0.5 else high) * spread + level
+    if out is not None and found:  # each level is corrected by itself; quantiles that would cross change places
+        found = dict(zip(found, np.sort(np.stack(list(found.values())), axis=0), strict=True))
+    return point * spread + level, found
+
+# %% ../../nbs/pyraformer/06_forecast.ipynb #3f9d5f4b
 class Forecaster:
-    """Forecasts of your own series: fit a table, predict, and read how good it is beside a seasonal naive forecast."""
+    """Forecasts of your own series, with intervals, and the errors of naive forecasts beside them.
+
+    `fit` cuts every series into three parts, in order of time. On the first a linear map (`RidgeNLinear`) and a
+    `ModernPyraformer` on top of it are trained. The second stops the training and chooses: the simplest forecast that is not
+    worse than the best by more than the noise, where naive ones are simpler than the ridge regression, and that than the
+    model. The third makes the intervals, and its errors are what the report shows.
+
+    Parameters
+    ----------
+    config : ForecasterConfig, optional
+        `ForecasterConfig.quick` and `ForecasterConfig.accurate` are two to begin with.
+    **settings
+        Fields of `ForecasterConfig`, which replace those of ``config``.
+
+    Guarantees
+    ----------
+    On the CPU, with the same versions of torch and the same number of threads, the same table and seed give the same
+    forecasts, unless ``seconds`` is set. A saved forecaster gives the same forecasts bit for bit.
+
+    No value serves two purposes as a target: what an interval is calibrated on has neither trained nor chosen anything. An
+    interval covers with its promised probability, step by step, if the errors to come are exchangeable with those of the third
+    part. Nobody can promise that for a series. Look at the coverage in the report, and at `backtest`.
+
+    Examples
+    --------
+    >>> wave = 10 + np.sin(np.arange(400) * 2 * np.pi / 20)
+    >>> forecaster = Forecaster.quick(horizon=5, steps=1).fit(wave)
+    >>> forecaster.recommended
+    'seasonal naive 20'
+    >>> forecaster.predict().round(2)["yhat"].tolist()
+    [10.0, 10.31, 10.59, 10.81, 10.95]
+    """
 
     def __init__(self, config: ForecasterConfig | None = None, **settings: Any):
         if config is not None and not isinstance(config, ForecasterConfig):
-            raise TypeError(f"config is a {type(config).__name__}; give a ForecasterConfig, or its settings by name")
-        known = {each.name for each in fields(ForecasterConfig)}
-        if unknown := sorted(set(settings) - known):
-            raise TypeError(f"there is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        self.config = ForecasterConfig(**settings) if config is None else replace(config, **settings)
+            raise TypeError(f"config is a {type(config).__name__}; give a ForecasterConfig, or its settings by name: Forecaster(horizon=24)")
+        self.config = _configured(config, settings)
         self._fitted: _Fitted | None = None
         self._panel: Panel | None = None
+        self._backtest: Any = None
+
+    @classmethod
+    def quick(cls, **settings: Any) -> Forecaster:
+        """Return a forecaster with a small model and little training."""
+        return cls(_configured(ForecasterConfig.quick(), settings))
+
+    @classmethod
+    def accurate(cls, **settings: Any) -> Forecaster:
+        """Return a forecaster with a larger model that trains as long as it helps."""
+        return cls(_configured(ForecasterConfig.accurate(), settings))
+
+    def __repr__(self) -> str:
+        if self._fitted is None:
+            return "Forecaster, not fitted"
+        f = self._fitted
+        return f"Forecaster of {len(f.panel):,} series, {f.horizon} steps ahead from {f.history}; recommended: {f.recommended}"
 
     def fit(
-        self, frame: Any, *, freq: Any = None, id: str = "unique_id", time: str = "ds", target: str = "y", past: Sequence[str] = (),
-        future: Sequence[str] = (), static: Sequence[str] = (), impute: str | None = None,
-    ) -> Forecaster:  # fmt: skip
+        self,
+        frame: Any,
+        *,
+        freq: Any = None,
+        id: str = "unique_id",
+        time: str = "ds",
+        target: str = "y",
+        past: Sequence[str] = (),
+        future: Sequence[str] = (),
+        static: Sequence[str] = (),
+        impute: Any = None,
+    ) -> Forecaster:
+        """Fit everything, choose, calibrate, and return self.
+
+        Parameters
+        ----------
+        frame : pandas.DataFrame, pandas.Series, or ndarray (T,) or (T, c)
+            A long table (a row for each series and stamp), a table with dates as index, or a wide table; see
+            `oral4.pyraformer.data.check_frame`. Arrays have whole numbers as time, and a series in each column.
+        freq : str or int, optional
+            The step, if it cannot be told from the stamps.
+        id, time, target : str
+            Names of columns of a long table.
+        past, future, static : sequence of str
+            Covariates: known up to now, known ahead (prices, holidays), constant for each series. Numbers. Only the model uses them.
+        impute : {"ffill", "linear", "mask"}, optional
+            What to do about gaps. With ``"mask"`` the model is shown where they are, and the others see the value one season
+            ago. Left out, gaps are an error. A filled value is never a target.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is not as described.
+        oral4.errors.DataError
+            If the table is not; the message says where.
+        oral4.errors.MissingExtra
+            Without pandas or accelerate.
+        """
+        table = _as_frame(frame, time, target)
         panel = check_frame(
-            _as_frame(frame, time, target), freq=freq, id=id, time=time, target=target, past=past, future=future, static=static, impute=impute
+            table, freq=freq, id=id, time=time, target=target, past=past, future=future, static=static, impute=impute
         )
-        self._fitted, self._panel = _Fit(panel, self.config, impute).run(), panel
+        return self._fit(panel, impute)
+
+    def _fit(self, panel: Panel, impute: Any) -> Forecaster:
+        self._fitted, self._panel, self._backtest = _Fit(panel, self.config, impute).run(), panel, None
+        if self._fitted.notes:
+            warnings.warn("Forecaster: " + "; ".join(self._fitted.notes), UserWarning, stacklevel=3)
         return self
 
     def _known(self) -> _Fitted:
         if self._fitted is None:
-            raise RuntimeError("this forecaster is not fitted yet; call fit(frame) first, or Forecaster.load(directory)")
+            raise RuntimeError("this forecaster is not fitted yet; call fit(frame), or Forecaster.load(directory)")
         return self._fitted
 
-    def predict(
-        self, frame: Any = None, horizon: int | None = None, *, quantiles: Sequence[float] | None = None, future: Any = None,
-        method: str = "recommended",
-    ) -> Any:  # fmt: skip
+    @property
+    def recommended(self) -> str:
+        """The method that was chosen: "model", "ridge", or a naive one such as "seasonal naive 24"."""
+        return self._known().recommended
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that `predict` can use."""
+        return list(self._known().methods)
+
+    def _method(self, method: str) -> str:
         f = self._known()
-        panel = f.panel if frame is None else self._checked(frame)
-        name = self._method(method)
+        name = {"recommended": f.recommended, "naive": f.naive}.get(method, method)
+        if name not in f.methods:
+            why = "; " + "; ".join(f.notes) if f.notes and name in ("ridge", "model") else ""
+            raise ValueError(f"method={method!r} is not there; choose recommended, naive or one of {', '.join(f.methods)}{why}")
+        return name
+
+    def _read(self, frame: Any, impute: Any = None) -> Panel:
+        f = self._known()
+        how: Any = impute or f.impute
+        return check_frame(_as_frame(frame, f.panel.time, f.panel.target), **_names(f.panel), impute=how)
+
+    def predict(
+        self,
+        frame: Any = None,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        future: Any = None,
+        method: str = "recommended",
+        impute: Any = None,
+    ) -> Any:
+        """Return a forecast as a table: series, stamp, ``yhat``, and a column for each quantile, such as ``q0.1``.
+
+        Parameters
+        ----------
+        frame : as in `fit`, optional
+            What came before; the forecast continues it. Left out, it continues the table of `fit`. Series that were not in
+            that table are forecast too: the weights are shared. Their spread is then measured on what is given here.
+        horizon : int, optional
+            Steps to forecast; as fitted if left out. More than that feeds the forecast back as if it had come. Errors of
+            such steps were never measured, so this needs ``quantiles=()``.
+        quantiles : sequence of float in (0, 1), optional
+            ``config.quantiles`` if left out. ``q0.5`` is ``yhat`` for a conformal forecast, and the median of a distribution.
+        future : pandas.DataFrame, optional
+            Covariates known ahead, for every step to forecast.
+        method : str
+            "recommended", "naive" (the best naive one), or one of `methods`.
+        impute : as in `fit`, optional
+            For gaps in ``frame``, if it differs from that of `fit`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Its ``attrs`` say the method and whatever has to be known about it.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            If an argument is not as described, or there are too few errors to calibrate a quantile that was asked for.
+        oral4.errors.DataError
+            As `fit`, and if covariates known ahead are missing.
+        """
+        f, name = self._known(), self._method(method)
+        panel = f.panel if frame is None else self._read(frame, impute)
         levels = _levels(self.config.quantiles if quantiles is None else quantiles)
         steps = f.horizon if horizon is None else horizon
-        known = check_future(panel, future, steps)
-        point, ends = self._forecast(panel, name, known, levels)
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+            raise ValueError(f"horizon={horizon!r}; give a whole number of steps from 1 on")
+        self._check_rolling(int(steps), levels, name)
+        known = check_future(panel, future, int(steps))
+        notes = self._notes_on(panel, frame is not None, name)
+        points: list[np.ndarray] = []
+        ends: dict[float, np.ndarray] = {}
+        seen = panel
+        for start in range(0, int(steps), f.horizon):
+            part = {each: _stretch(values[start : start + f.horizon], f.horizon) for each, values in known.items()}
+            point, ends = _forecast(f, seen, name, part, levels, strict=quantiles is not None)
+            points.append(point)
+            if start + f.horizon < steps:
+                seen = _appended(seen, point, part)
+        if any(np.isnan(values[:, :steps]).any() for values in ends.values()):
+            warnings.warn("too few errors to calibrate some quantiles: they are NaN; see report()", UserWarning, stacklevel=2)
+        values = {"yhat": np.concatenate(points, axis=1), **{f"q{level:g}": each for level, each in ends.items()}}
+        return _forecast_frame(panel, int(steps), values, {"method": name, "recommended": f.recommended, "notes": notes})
+
+    def _check_rolling(self, steps: int, levels: Sequence[float], name: str) -> None:
+        f = self._known()
+        if steps <= f.horizon:
+            return
+        if levels:
+            raise ValueError(
+                f"horizon={steps}, but this forecaster was fitted for {f.horizon} steps, and no errors beyond were measured. Fit again with "
+                f"horizon={steps}, or pass quantiles=() for points alone, forecast from forecasts"
+            )
+        if name == "model" and f.panel.past:
+            raise ValueError(
+                f"horizon={steps} beyond the fitted {f.horizon} needs {', '.join(f.panel.past)} of the future, which is known for the past only. "
+                f"Fit again with horizon={steps}, or pass method='ridge' or 'naive'"
+            )
+
+    def _notes_on(self, panel: Panel, new: bool, name: str) -> list[str]:
+        """Return what has to be known about a forecast of this panel."""
+        f = self._known()
+        notes = list(f.notes)
+        if not new:
+            return notes
+        trained = set(f.panel.ids)
+        if unseen := [each for each in panel.ids if each not in trained]:
+            notes.append(f"{len(unseen):,} series were not there when it was fitted, such as {unseen[0]!r}: forecast with the shared weights")
+        short = [s.id for s in panel if len(s) < f.history]
+        gaps = [s.id for s in panel if np.isnan(s.y[-f.history :]).any()]
+        blind = name != "model" or f.model is None or not f.model.config.gaps
+        for found, what in ((short, f"are shorter than the history of {f.history}"), (gaps, "have gaps in their history")):
+            if found:
+                how = "filled from what came before" if blind else "shown to the model as missing"
+                notes.append(f"{len(found):,} series {what}, such as {found[0]!r}: what is missing is {how}")
+        return notes
+
+    def backtest(
+        self, frame: Any = None, *, windows: int = 3, step: int | None = None, refit: bool = False, raw: bool = False
+    ) -> Any:
+        """Return the errors of every method at the end of the series, forecast from what was known before.
+
+        Parameters
+        ----------
+        frame : as in `fit`, optional
+            Left out, the table of `fit`: a forecaster with the same settings is fitted to what lies before the first window, so
+            that nothing of the windows was seen. Else this forecaster, as it is, forecasts the end of the new table, which must
+            be later than what it was fitted to.
+        windows : int, >= 1
+            How many forecasts, the last of which ends with the series.
+        step : int, optional
+            Steps from one to the next; the horizon if left out.
+        refit : bool
+            Fit before every window, not before the first alone.
+        raw : bool
+            Return the forecasts themselves, a row for each method, window, series and step.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each method, window and step ahead: means over the series of ``mae``, ``mse``, ``mase`` (1 is as good as
+            the seasonal naive forecast was on what came before), ``smape``, and ``coverage`` and ``width`` of the widest
+            interval of ``config.quantiles``. `report` shows the means from then on.
+
+        Raises
+        ------
+        ValueError
+            If an argument is not as described, or a saved forecaster has no table of its own any more.
+        oral4.errors.DataError
+            If the series are too short, or the windows not later than the table of `fit`.
+        """
+        f = self._known()
+        step = f.horizon if step is None else step
+        for name, value in {"windows": windows, "step": step}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name}={value!r}; give a whole number from 1 on")
+        if frame is None and self._panel is None:
+            raise ValueError("a saved forecaster keeps only the end of its table; give one with rows after those it was fitted to")
+        panel = self._panel if frame is None else self._read(frame)
+        assert panel is not None
+        drops = [f.horizon + number * step for number in reversed(range(windows))]
+        panel = _long_enough(panel, drops[0])
+        if frame is not None:
+            _refuse_overlap(f.panel, panel, drops[0])
+        rows, fitted = [], f
+        for number, drop in enumerate(drops):
+            seen = panel.drop_last(drop)
+            if frame is None and (refit or number == 0):
+                fitted = _Fit(seen, replace(self.config, horizon=f.horizon), f.impute).run()
+            rows += _backtest_rows(fitted, panel, seen, drop, number, _widest(self.config.quantiles))
         pandas = require("pandas", extra="forecast")
-        ahead = future_index(panel, steps)
-        columns = {panel.id: np.repeat(np.array(panel.ids, dtype=object), steps), panel.time: np.concatenate([ahead[i] for i in panel.ids]), "yhat": point[:, :steps].ravel()}
-        columns |= {f"q{level:g}": values[:, :steps].ravel() for level, values in ends.items()}
-        return pandas.DataFrame(columns)
+        table = pandas.concat(rows, ignore_index=True)
+        errors = _backtest_errors(table)
+        self._backtest = errors
+        for each in (table, errors):
+            each.attrs.update({"level": _widest(self.config.quantiles), "recommended": fitted.recommended})
+        return table if raw else errors
 
-    def _checked(self, frame):
-        f, p = self._known(), self._known().panel
-        return check_frame(_as_frame(frame, p.time, p.target), freq=p.freq, id=p.id, time=p.time, target=p.target, past=p.past, future=p.future, static=p.static, impute=f.impute)
+    def report(self) -> Report:
+        """Return what was fitted, the errors of every method, and the one that is recommended; with those of the last `backtest`."""
+        return _report(self._known(), self._backtest)
 
-    def _method(self, method):
+    def plot(
+        self, forecast: Any = None, *, ax: Any = None, ids: Sequence[Any] | None = None, history: int | None = None
+    ) -> Any:
+        """Draw forecasts behind the ends of their series, and return the axes.
+
+        Parameters
+        ----------
+        forecast : pandas.DataFrame, optional
+            What `predict` gave; ``predict()`` if left out.
+        ax : matplotlib.axes.Axes, optional
+            Where to draw, for a single series.
+        ids : sequence, optional
+            Series to draw; the first four if left out.
+        history : int, optional
+            Steps to show before the forecast; what the forecaster remembers, at most three times the horizon, if left out.
+
+        Raises
+        ------
+        ValueError
+            If a series is not in the forecast, or several are to be drawn into one axes.
+        oral4.errors.MissingExtra
+            Without matplotlib.
+        """
         f = self._known()
-        return {"recommended": f.recommended, "naive": f.naive}.get(method, method)
+        table = self.predict() if forecast is None else forecast
+        there = list(dict.fromkeys(table[f.panel.id]))
+        chosen = there[:4] if ids is None else list(ids)
+        if absent := [each for each in chosen if each not in there]:
+            raise ValueError(f"there is no forecast of {absent[0]!r}; there are {', '.join(map(repr, there[:5]))}")
+        if not chosen or (ax is not None and len(chosen) > 1):
+            raise ValueError(f"{len(chosen)} series for {'one axes' if chosen else 'a figure'}; name one in ids=")
+        from oral4.viz import style
 
-    def _forecast(self, panel, name, known, levels):
+        if ax is None:
+            axes = style.figure(height=1.6 + 1.3 * len(chosen), nrows=len(chosen), squeeze=False, layout="constrained")[1][:, 0]
+        else:
+            axes = np.array([ax])
+        panel = self._panel or f.panel
+        for each, name in zip(axes, chosen, strict=True):
+            rows = table[table[f.panel.id] == name]
+            before = None if name not in panel.ids else panel[name]
+            _draw(each, before, rows, f.panel.time, history or min(3 * len(rows), f.history), style)
+            each.set_title(str(name), loc="left")
+        return axes[0] if ax is not None or len(chosen) == 1 else axes
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the forecaster into a folder, for `load`, and return the path of its file.
+
+        One file of safetensors and JSON, without pickle. It holds weights, settings, errors of the calibration part, and the
+        end of every series; of the table no more.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        TypeError
+            If the name of a series is neither text nor a number.
+        """
         f = self._known()
-        windows = _Windows(panel, f.history, f.horizon, f.scaling, f.covariates, f.seasons[0] if f.seasons else 1, known)
-        series, origins = np.arange(len(panel)), windows.lengths
-        point, out = _point(name, f.ridge, f.model, f.head, windows, f.seasons, series, origins)
-        place = {id: number for number, id in enumerate(f.panel.ids)}
-        method = f.methods[name]
-        difficulty = np.array([method.difficulty[place[s.id]] if s.id in place else method.usual for s in panel])
-        level, spread = windows.units.T[..., None]
-        ends = {}
-        for tau in levels:
-            low, high = _intervals(method, f.calibration, f.head, abs(2 * tau - 1) or 1e-9, point, out, difficulty)
-            ends[tau] = (low if tau < 0.5 else high) * spread + level if tau != 0.5 else point * spread + level
-        return point * spread + level, ends
+        ridge = f.ridge
+        tree: dict[str, Any] = {
+            "panel": _stored(f.panel),
+            "plain": {name: getattr(f, name) for name in ("history", "horizon", "seasons", "impute", "naive", "recommended", "table", "facts", "notes")},
+            "scaling": f.scaling.known,
+            "covariates": {"calendar": f.covariates.calendar, "mean": _tensors(f.covariates.mean), "std": _tensors(f.covariates.std)},
+            "head": [type(f.head).__name__, asdict(f.head)],  # type: ignore[call-overload]
+            "methods": [
+                {"name": m.name, "usual": m.usual, "out": m.out and tuple(m.out), **_tensors({"point": m.point, "difficulty": m.difficulty})}
+                for m in f.methods.values()
+            ],
+            "calibration": _tensors(vars(f.calibration)),
+            "ridge": ridge and {"anchor": ridge.anchor, "penalty": ridge.penalty, **_tensors({"weight": ridge.weight, "bias": ridge.bias})},
+            "model": f.model and {"config": asdict(f.model.config), "weights": dict(f.model.state_dict())},
+        }
+        tensors: dict[str, Tensor] = {}
+        stored = encode(tree, tensors)
+        path = Path(directory) / "forecaster.safetensors"
+        write(path, "forecaster", tensors, {"format": FORMAT, "config": plain(self.config), "forecaster": stored})
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Forecaster:
+        """Return the forecaster that `save` wrote; its forecasts are the same, bit for bit.
+
+        Raises
+        ------
+        oral4.errors.CheckpointError
+            If there is none, or it is damaged, of another kind, or of another version.
+        """
+        path = Path(directory) / "forecaster.safetensors"
+        header, tensors = read(path, "forecaster")
+        if header.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has format {header.get('format')!r}, this oral4 reads {FORMAT}; fit again, or use the oral4 that wrote it")
+        try:
+            made = cls(_configured(None, header["config"]))
+            made._fitted = _fitted_from(decode(header["forecaster"], tensors))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not fit this version of oral4: {error}; fit again, or use the oral4 that wrote it") from error
+        return made
+
+
+def _configured(config: ForecasterConfig | None, settings: Mapping[str, Any]) -> ForecasterConfig:
+    known = [each.name for each in fields(ForecasterConfig)]
+    if unknown := [name for name in settings if name not in known]:
+        raise TypeError(f"there is no setting {', '.join(unknown)}; the settings are {', '.join(known)}")
+    return replace(config or ForecasterConfig(), **settings)
+
+
+def _stretch(values: np.ndarray, steps: int) -> np.ndarray:
+    """Return covariates for all steps of the model; behind those that are known the last one is repeated, for steps that nobody asked for."""
+    return np.concatenate([values, np.repeat(values[-1:], steps - len(values), axis=0)])
+
+
+def _forecast_frame(panel: Panel, steps: int, values: Mapping[str, np.ndarray], attrs: dict[str, Any]) -> Any:
+    pandas = require("pandas", extra="forecast")
+    ahead = list(future_index(panel, steps).values())
+    columns = {panel.id: pandas.Series([each for each in panel.ids for _ in range(steps)]), panel.time: ahead[0].append(ahead[1:])}
+    table = pandas.DataFrame({**columns, **{name: each[:, :steps].ravel() for name, each in values.items()}})
+    table.attrs.update(attrs)
+    return table
+
+# %% ../../nbs/pyraformer/06_forecast.ipynb #7547f138
+def _long_enough(panel: Panel, drop: int) -> Panel:
+    """Return the series that have something before the first window; say which have not."""
+    long = tuple(s for s in panel if len(s) >= drop + 8)
+    if not long:
+        raise DataError(
+            f"the longest series has {max(map(len, panel)):,} steps; these windows take {drop:,} at its end and need 8 before. Give fewer "
+            "windows, a smaller step or a shorter horizon"
+        )
+    if len(long) < len(panel):
+        warnings.warn(f"{len(panel) - len(long):,} of {len(panel):,} series are too short for this backtest and left out", UserWarning, stacklevel=3)
+    return replace(panel, series=long)
+
+
+def _refuse_overlap(fitted: Panel, panel: Panel, drop: int) -> None:
+    ends = {s.id: s.index[-1] for s in fitted}
+    for s in panel:
+        if s.id in ends and s.index[len(s) - drop] <= ends[s.id]:
+            raise DataError(
+                f"series {s.id!r}: the first window begins at {s.index[len(s) - drop]}, but the forecaster was fitted up to {ends[s.id]} and knows "
+                "what came. Give rows after that, fewer windows, or no table: then it is fitted anew to what lies before the windows"
+            )
+
+
+def _backtest_rows(f: _Fitted, panel: Panel, seen: Panel, drop: int, window: int, level: float | None) -> list[Any]:
+    """Return a table for each method: its forecasts of one window, and what came."""
+    pandas = require("pandas", extra="forecast")
+    steps, season = f.horizon, f.seasons[0] if f.seasons else 1
+    stretch = [slice(len(s) - drop, len(s) - drop + steps) for s in panel]
+    known = {s.id: s.future[part] for s, part in zip(panel, stretch, strict=True)}
+    truth = np.stack([np.where(s.observed, s.y, np.nan)[part] for s, part in zip(panel, stretch, strict=True)])
+    units = np.array([_seasonal_change(np.where(s.observed, s.y, np.nan), season) for s in seen])
+    shared = {
+        panel.id: pandas.Series([s.id for s in panel for _ in range(steps)]),
+        "cutoff": pandas.Series([s.index[-1] for s in seen for _ in range(steps)]),
+        panel.time: pandas.concat([pandas.Series(s.index[part]) for s, part in zip(panel, stretch, strict=True)], ignore_index=True),
+        "window": window,
+        "step": np.tile(np.arange(1, steps + 1), len(panel)),
+        "y": truth.ravel(),
+        "unit": np.repeat(units, steps),
+    }
+    levels = () if level is None else ((1 - level) / 2, (1 + level) / 2)
+    rows = []
+    for name in f.methods:
+        point, ends = _forecast(f, seen, name, known, levels)
+        low, high = list(ends.values()) if ends else (np.full_like(point, np.nan),) * 2
+        rows.append(pandas.DataFrame({"method": name, **shared, "yhat": point.ravel(), "low": low.ravel(), "high": high.ravel()}))
+    return rows
+
+
+def _seasonal_change(y: np.ndarray, season: int) -> float:
+    """Return the mean change over a season, over a step where the series is no longer than that; NaN where nothing changes."""
+    change = np.abs(y[season:] - y[:-season] if len(y) > season else np.diff(y))
+    change = change[~np.isnan(change)]
+    return float(change.mean()) if len(change) and change.mean() > 0 else math.nan
+
+
+def _backtest_errors(table: Any) -> Any:
+    """Return the means over the series for each method, window and step."""
+    error = (table["yhat"] - table["y"]).abs()
+    size = table["yhat"].abs() + table["y"].abs()
+    covered = ((table["low"] <= table["y"]) & (table["y"] <= table["high"])).astype(float)
+    each = table[["method", "window", "step"]].assign(
+        mae=error,
+        mse=error**2,
+        mase=error / table["unit"],
+        smape=2 * error / size.where(size > 0, 1.0),
+        coverage=covered.where(table["y"].notna() & table["low"].notna()),
+        width=table["high"] - table["low"],
+    )
+    return each.groupby(["method", "window", "step"], sort=False, as_index=False).mean()
+
+
+def _draw(ax: Any, before: PanelSeries | None, rows: Any, time: str, history: int, style: Any) -> None:
+    color, stamps = style.accent("pyraformer"), rows[time].to_numpy()
+    if before is not None:
+        index = before.index[-history:]
+        ax.plot(index.to_numpy(), before.y[-history:], color=style.GREY, linewidth=1)
+        stamps = np.concatenate([index.to_numpy()[-1:], stamps])
+    ahead = len(rows)
+    levels = sorted(float(name[1:]) for name in rows.columns if re.fullmatch(r"q0?\.\d+(e-\d+)?", str(name)))
+    pairs = [(low, high) for low in levels for high in levels if low < 0.5 and abs(low + high - 1) < 1e-9]
+    for low, high in pairs:
+        style.band(ax, stamps[-ahead:], rows[f"q{low:g}"].to_numpy(), rows[f"q{high:g}"].to_numpy(), color)
+    line = rows["yhat"].to_numpy()
+    ax.plot(stamps, line if before is None else np.concatenate([before.y[-1:], line]), color=color, linewidth=1.5)
+
+# %% ../../nbs/pyraformer/06_forecast.ipynb #e77c3f82
+def _stored(panel: Panel) -> dict[str, Any]:
+    """Return a panel as plain values and tensors."""
+    for name in panel.ids:
+        if not isinstance(name, str | int | float | bool):
+            raise TypeError(f"the series {name!r} is named by a {type(name).__name__}; only names that are text or numbers can be saved")
+    series = []
+    for s in panel:
+        dated = hasattr(s.index, "asi8")
+        index = torch.from_numpy(np.array(s.index.asi8 if dated else s.index, dtype=np.int64))
+        arrays = _tensors({name: getattr(s, name) for name in ("y", "observed", "past", "future", "static")})
+        zone = str(s.index.tz) if dated and s.index.tz is not None else None
+        series.append({"id": s.id, "index": index, "unit": s.index.unit if dated else None, "zone": zone, **arrays})
+    return {**{name: getattr(panel, name) for name in ("freq", "time", "id", "target", "past", "future", "static")}, "series": series}
+
+
+def _restored(stored: dict[str, Any]) -> Panel:
+    pandas = require("pandas", extra="forecast")
+    series = []
+    for s in stored["series"]:
+        index, unit = s["index"].numpy(), s["unit"]
+        if unit is None:
+            axis = pandas.RangeIndex(int(index[0]), int(index[-1]) + 1, stored["freq"])
+        else:
+            axis = pandas.DatetimeIndex(index.view(f"datetime64[{unit}]"))
+            axis = axis if s["zone"] is None else axis.tz_localize("UTC").tz_convert(s["zone"])
+        arrays = {name: s[name].numpy() for name in ("y", "observed", "past", "future", "static")}
+        series.append(PanelSeries(s["id"], axis, **arrays))
+    return Panel(tuple(series), **{name: value for name, value in stored.items() if name != "series"})
+
+
+def _tensors(values: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) if value.size else torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()}
+
+
+def _fitted_from(tree: dict[str, Any]) -> _Fitted:
+    """Return what `Forecaster.save` stored."""
+    kind, options = tree["head"]
+    head = {type(each).__name__: type(each) for each in (PointHead(), *(make_head(name) for name in DISTRIBUTIONS[1:]))}[kind](
+        **{name: value for name, value in options.items() if not name.startswith("_")}
+    )
+    values, stored, covariates = tree["plain"], tree["model"], tree["covariates"]
+    ridge = model = None
+    if tree["ridge"] is not None:
+        options = tree["ridge"]
+        ridge = RidgeNLinear(values["history"], values["horizon"], options["penalty"], anchor=options["anchor"])
+        ridge.weight, ridge.bias = options["weight"].numpy(), options["bias"].numpy()
+    if stored is not None:
+        model = ModernPyraformer(ModernConfig(**stored["config"]), location=head.location).eval()
+        model.load_state_dict(stored["weights"])
+    methods = {
+        m["name"]: _Method(m["name"], m["point"].numpy(), m["out"] and Outputs(*m["out"]), m["difficulty"].numpy(), m["usual"])
+        for m in tree["methods"]
+    }
+    return _Fitted(
+        panel=_restored(tree["panel"]), **values, scaling=_Scaling(tree["scaling"]),
+        covariates=_Covariates(covariates["calendar"], *({name: part.numpy() for name, part in covariates[key].items()} for key in ("mean", "std"))),
+        head=head, methods=methods, calibration=_Calibration(**{name: part.numpy() for name, part in tree["calibration"].items()}),
+        ridge=ridge, model=model,
+    )  # fmt: skip
