@@ -29,9 +29,14 @@ __all__ = ['RANKINGS', 'DEFAULT_LEVELS', 'HEADS', 'gaussian_nll', 'nll_topk', 'o
            'StudentTHead', 'QuantileHead', 'make_head', 'OneStepConfig', 'OneStepForecast', 'forecast_one_step',
            'train_one_step', 'fit_ridge', 'floor_forecasts', 'conformal_interval', 'one_step_report', 'RidgeSkip']
 
-# %% ../../nbs/pyraformer/06_probabilistic.ipynb #f93efe30
+# %% ../../nbs/pyraformer/06_probabilistic.ipynb #c17ce084
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 _UNIT = math.log(math.e - 1)  # softplus of this is 1
+
+
+def _float(raw: Tensor) -> Tensor:
+    """Return half-precision numbers as float32, others as they are."""
+    return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
 def gaussian_nll(mu: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def nll_topk(
 
     Returns
     -------
-    nll, se : Tensor, shape (min(k, n),)
+    nll, se : Tensor, shape (min(k, n),), float32 or better
         In order of the ranking, the hardest first, if k cuts; else in the order of y.
 
     Raises
@@ -100,7 +105,7 @@ def nll_topk(
         raise ValueError(f"ranking={ranking!r} is unknown; choose one of {', '.join(RANKINGS)}")
     if k is not None and k < 1:
         raise ValueError(f"k={k}; keep 1 or more, or pass None to keep all")
-    mu, sigma, y = mu.flatten(), sigma.flatten(), y.flatten()
+    mu, sigma, y = (_float(part).flatten() for part in (mu, sigma, y))
     if ignore_zero:
         kept = y != 0
         mu, sigma, y = mu[kept], sigma[kept], y[kept]
@@ -260,10 +265,6 @@ def amplitude_sampler(v: Any, count: int | None = None, *, generator: torch.Gene
     return found.clamp(max=int(weight.nonzero()[-1]))  # rounding up of the last product
 
 # %% ../../nbs/pyraformer/06_probabilistic.ipynb #cd4b3706
-def _float(raw: Tensor) -> Tensor:
-    return raw.to(torch.promote_types(raw.dtype, torch.float32))
-
-
 def _level_tensor(levels: Any, like: Tensor) -> Tensor:
     """Return levels in (0, 1) as a tensor (len(levels),)."""
     found = torch.atleast_1d(torch.as_tensor(levels, dtype=torch.float64))

@@ -275,6 +275,14 @@ def test_crps_of_midpoint_quantiles_is_that_of_equally_likely_values(values, y):
     )
 
 
+def test_uneven_levels_stand_for_the_levels_nearest_to_them():
+    """Levels 0.1, 0.2, 0.9 own [0, 0.15], [0.15, 0.55] and [0.55, 1]."""
+    losses = [pinball_by_hand(3.0, q, t) for q, t in zip([1.0, 2.0, 7.0], [0.1, 0.2, 0.9], strict=True)]
+    expected = 2 * np.dot(losses, [0.15, 0.4, 0.45])
+    assert m.crps_quantiles([3.0], [[1.0, 2.0, 7.0]], [0.1, 0.2, 0.9]) == pytest.approx(expected, rel=1e-12)
+    assert m.crps_quantiles([3.0], [1.0], 0.3) == pytest.approx(2 * pinball_by_hand(3.0, 1.0, 0.3), rel=1e-12)
+
+
 def test_crps_of_many_quantiles_is_the_closed_form():
     y = np.linspace(-3, 3, 13)
     levels = (np.arange(2000) + 0.5) / 2000
@@ -362,6 +370,8 @@ def test_calibrated_forecasts_look_calibrated():
     narrow = m.pit_histogram(stats.norm.cdf(2 * y), bins=5)
     assert narrow[0] > 0.3 and narrow[-1] > 0.3 and narrow[2] < 0.15  # the U of a forecast that is too sure
     assert m.pit_histogram([0.0, 1.0], bins=1).tolist() == [1.0]
+    assert m.pit_histogram([0.6, 0.7, 0.4], bins=2).tolist() == [1 / 3, 2 / 3]  # the halves of [0, 1]
+    assert m.reliability([1.0, 2.0], [[1.0], [1.0]], [0.5]).tolist() == [0.5]  # at the quantile counts as below
     with pytest.raises(ValueError, match=r"pit runs from -1 to 0\.5"):
         m.pit_histogram([-1.0, 0.5])
     with pytest.raises(ValueError, match="bins=0"):
@@ -408,6 +418,7 @@ def test_ranks_do_not_suffer_from_binary_fractions():
 
 
 def test_split_conformal_columns_and_errors():
+    assert m.split_conformal([5.0, 4.0, 6.0], 1e-12) == 4.0  # the least there is
     scores = np.random.default_rng(0).normal(size=(30, 4, 2))
     found = m.split_conformal(scores, 0.9)
     assert found.shape == (4, 2)
@@ -539,7 +550,8 @@ def test_adaptive_bounds_use_the_past_only():
     for step in (4, 30, 59):  # with hardly any correction it is split conformal on all scores so far
         assert bounds[step] == m.split_conformal(scores[:step], 1 - round(miss_rates[step], 6))
     windowed, miss_rates = m.adaptive_conformal(scores, 0.8, rate=1e-12, window=10)
-    assert windowed[45] == m.split_conformal(scores[35:45], 1 - round(miss_rates[45], 6))
+    for step in range(11, 60):
+        assert windowed[step] == m.split_conformal(scores[step - 10 : step], 1 - round(miss_rates[step], 6))
 
 
 def test_adaptive_bounds_follow_a_drift():

@@ -96,6 +96,20 @@ def test_one_ranking_keeps_the_same_forecasts():
         assert all(torch.equal(p.nll_topk(mu, sigma, y, k, ranking=r)[1], all_se) for r in p.RANKINGS)
 
 
+def test_the_factor_and_half_precision():
+    mu, sigma, y = torch.randn(9), torch.rand(9) + 0.5, torch.randn(9)
+    for factor in (0.0, 1.0, 100.0):
+        nll, se = p.nll_topk(mu, sigma, y, 4)
+        assert float(p.one_step_loss(mu, sigma, y, k=4, factor=factor)) == pytest.approx(
+            float(nll.mean() + factor * se.mean())
+        )
+    half = p.one_step_loss(mu.bfloat16(), sigma.bfloat16(), y)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(
+        half, p.one_step_loss(mu.bfloat16().float(), sigma.bfloat16().float(), y), rtol=0, atol=0
+    )
+
+
 def test_negative_targets_count():
     """The official code keeps labels >= 0 where it ignores no zeros."""
     nll, _ = p.nll_topk(torch.zeros(3), torch.ones(3), torch.tensor([-1.0, 0.0, 1.0]))
@@ -148,6 +162,12 @@ def test_amplitude_sampler():
     for wrong in ([], [0.0, 0.0], [1.0, math.nan], [math.inf], [[1.0]]):
         with pytest.raises(ValueError, match="not all 0"):
             p.amplitude_sampler(wrong)
+
+
+@pytest.mark.parametrize(("draw", "window"), [(0.0, 1), (1 - 2**-53, 4), (1.0, 4)])
+def test_the_ends_of_the_draw_meet_no_empty_window(draw, window, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda count, **kwargs: torch.full((count,), draw, dtype=torch.float64))
+    assert p.amplitude_sampler([0.0, 0.1, 0.2, 0.0, 0.3, 0.0], 2).tolist() == [window] * 2
 
 
 # ---- Student's t -------------------------------------------------------------------------------------------------
