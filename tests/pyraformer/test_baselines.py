@@ -306,6 +306,64 @@ def test_ridge_equals_least_squares_on_explicit_windows(anchor, intercept, perio
         np.testing.assert_allclose(model.bias, bias, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_balanced_ridge_is_least_squares_with_a_weight_for_every_block(intercept, stride):
+    calm, wild = walks(150, 1, seed=1)[:, 0], 5 * walks(90, 1, seed=2)[:, 0]
+    history, horizon, block = 12, 5, 30
+    model = RidgeNLinear(history, horizon, 2.0, balance=0.5, block=block, intercept=intercept)
+    model.fit([calm, wild], stride=stride)
+    # every window belongs to one block, counted in windows from the start of its series
+    plain, _ = ridge_by_stacking([calm, wild], history, horizon, 2.0, "last", False, stride=stride)
+    groups = []
+    for series in (calm, wild):
+        x, y = all_windows(series, history, horizon)
+        x, y = (x - x[:, -1:])[::stride], (y - x[:, -1:])[::stride]
+        first = np.arange(len(x)) * stride // (block // stride * stride)
+        groups += [(x[first == g], y[first == g]) for g in np.unique(first)]
+    assert len(groups) > 6 and sum(len(x) for x, _ in groups) == model.num_windows
+    errors = np.array([np.square(y - x @ plain.T).mean() for x, y in groups])
+    counts = np.array([len(x) for x, _ in groups])
+    share = (errors + 0.01 * np.average(errors, weights=counts)) ** -0.5
+    share /= np.average(share, weights=counts)
+    weight = np.repeat(share, counts)[:, None]
+    x, y = (np.concatenate(parts) for parts in zip(*groups, strict=True))
+    middle_x = (weight * x).sum(0) / len(x) if intercept else np.zeros(history)
+    middle_y = (weight * y).sum(0) / len(x) if intercept else np.zeros(horizon)
+    left = (x * weight).T @ x - len(x) * np.outer(middle_x, middle_x) + 2.0 * np.eye(history)
+    right = (x * weight).T @ y - len(x) * np.outer(middle_x, middle_y)
+    expected = np.linalg.solve(left, right).T
+    np.testing.assert_allclose(model.weight, expected, rtol=0, atol=1e-9)  # float64, sums in another order
+    np.testing.assert_allclose(model.bias, middle_y - expected @ middle_x, rtol=0, atol=1e-9)
+
+
+def test_balance_listens_less_to_the_wild_part():
+    """Two regimes with opposite rules: plain least squares follows the wild one, the balanced fit moves to the calm one."""
+    rng = np.random.default_rng(0)
+
+    def regime(sign, size):
+        step = np.zeros(2000)
+        for t in range(1, 2000):
+            step[t] = sign * 0.8 * step[t - 1] + rng.normal() * size
+        return step.cumsum()
+
+    calm, wild = regime(1, 1.0), regime(-1, 6.0)
+    scores = [RidgeNLinear(6, 1, 1.0, balance=b, block=200).fit([calm, wild]).mse(calm) for b in (0.0, 0.5, 1.0)]
+    assert scores[0] > 1.2 * scores[1] > 1.2 * scores[2]
+    assert RidgeNLinear(6, 1, 1.0, balance=0.5).fit(calm).mse(calm) == pytest.approx(
+        RidgeNLinear(6, 1, 1.0).fit(calm).mse(calm), rel=0.01
+    )  # one even series: nothing to balance
+
+
+def test_balance_does_not_change_with_the_unit_and_survives_a_stuck_sensor():
+    series = walks(300, 2)
+    series[:, 1] = 3.0  # never moves
+    one = RidgeNLinear(20, 7, 1.0, balance=0.5, block=50).fit(series)
+    other = RidgeNLinear(20, 7, 1e6, balance=0.5, block=50).fit(1000 * series + 5)
+    np.testing.assert_allclose(one.weight, other.weight, rtol=0, atol=1e-9)
+    assert np.isfinite(one.weight).all()
+
+
 def test_ridge_on_ett_equals_the_normal_equations(scaled):
     """A second, plain program: all windows in memory, solve()."""
     values = scaled["ETTh1"][: 2 * MONTH]
@@ -452,6 +510,9 @@ def test_copies_and_restored_models_forecast_alike(anchor):
         (lambda: RidgeNLinear(5, 5, [1, 2]).fit(np.zeros(40)), ValueError, "2 penalties are given; pass validation"),
         (lambda: RidgeNLinear(5, 5).fit(np.zeros(40), validation=np.zeros(3)), ValueError, "validation has no window"),
         (lambda: RidgeNLinear(5, 5).fit(np.zeros(40), stride=0), ValueError, "stride=0"),
+        (lambda: RidgeNLinear(5, 5, balance=2), ValueError, r"balance=2; give a number from 0 \(plain least squares\) to 1"),
+        (lambda: RidgeNLinear(5, 5, balance=math.nan), ValueError, "balance=nan"),
+        (lambda: RidgeNLinear(5, 5, balance=0.5, block=0), ValueError, "block=0"),
         (lambda: RidgeNLinear(5, 5).predict(np.zeros(5)), RuntimeError, r"not fitted yet; call fit\(series\) first"),
         (lambda: RidgeNLinear(5, 5).linear(), RuntimeError, "not fitted yet"),
         (lambda: RidgeNLinear(5, 5).mse(np.zeros(40)), RuntimeError, "not fitted yet"),
