@@ -21,8 +21,9 @@ __all__ = ['Values', 'mse', 'rmse', 'mae', 'nrmse', 'nd', 'mape', 'mspe', 'smape
            'coverage', 'interval_width', 'interval_score', 'reliability', 'pit_histogram', 'split_conformal',
            'ConformalIntervals', 'adaptive_conformal']
 
-# %% ../../nbs/pyraformer/04_metrics.ipynb #511a5416
-Values = Any  # numpy array, torch tensor of any type and device, or nested lists of numbers
+# %% ../../nbs/pyraformer/04_metrics.ipynb #f9a5d218
+Values = Any
+"""Numbers: a numpy array, a torch tensor of any type and device, or nested lists."""
 
 
 def _numbers(name: str, values: Values) -> np.ndarray:

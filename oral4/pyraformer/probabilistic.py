@@ -574,6 +574,7 @@ class StudentTHead(Head):
 
 # %% ../../nbs/pyraformer/06_probabilistic.ipynb #a2919eb2
 DEFAULT_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+"""Levels of a `QuantileHead` that names none: the median and three central intervals."""
 
 
 @dataclass(frozen=True)
@@ -683,6 +684,7 @@ class QuantileHead(Head):
 
 # %% ../../nbs/pyraformer/06_probabilistic.ipynb #8a10cd7c
 HEADS = {"point": PointHead, "gaussian": GaussianHead, "student_t": StudentTHead, "quantile": QuantileHead}
+"""The heads by name, see `make_head`."""
 
 
 def make_head(name: str, **options: Any) -> Head:

@@ -286,6 +286,14 @@ def test_quantiles_never_cross(raw, ordered):
     assert bool((between.diff() >= -1e-4 * values.abs().max()).all())  # interpolation rounds
 
 
+@given(st.lists(st.floats(-5, 5), min_size=7, max_size=7), st.floats(-8, 8))
+def test_sorting_never_raises_the_loss(raw, y):
+    head, y = p.QuantileHead(LEVELS, ordered=False), torch.tensor([y], dtype=torch.float64)
+    raw = torch.tensor([raw], dtype=torch.float64)
+    after = 2 * metrics.pinball(y, head.quantiles(raw, LEVELS), LEVELS)
+    assert after <= float(head.loss(raw, y)) + 1e-9
+
+
 def test_quantiles_between_and_beyond():
     head, raw = p.QuantileHead((0.1, 0.5, 0.9)), torch.randn(4, 3)
     levels = [0.1, 0.3, 0.9]
