@@ -338,7 +338,7 @@ def test_balanced_ridge_is_least_squares_with_a_weight_for_every_block(intercept
 
 
 def test_balance_listens_less_to_the_wild_part():
-    """Two regimes with opposite rules: plain least squares follows the wild one, the balanced fit moves to the calm one."""
+    """Two regimes with opposite rules: plain least squares follows the wild one, the balanced fit the calm one."""
     rng = np.random.default_rng(0)
 
     def regime(sign, size):
@@ -510,7 +510,7 @@ def test_copies_and_restored_models_forecast_alike(anchor):
         (lambda: RidgeNLinear(5, 5, [1, 2]).fit(np.zeros(40)), ValueError, "2 penalties are given; pass validation"),
         (lambda: RidgeNLinear(5, 5).fit(np.zeros(40), validation=np.zeros(3)), ValueError, "validation has no window"),
         (lambda: RidgeNLinear(5, 5).fit(np.zeros(40), stride=0), ValueError, "stride=0"),
-        (lambda: RidgeNLinear(5, 5, balance=2), ValueError, r"balance=2; give a number from 0 \(plain least squares\) to 1"),
+        (lambda: RidgeNLinear(5, 5, balance=2), ValueError, r"balance=2; give a number from 0 \(plain least"),
         (lambda: RidgeNLinear(5, 5, balance=math.nan), ValueError, "balance=nan"),
         (lambda: RidgeNLinear(5, 5, balance=0.5, block=0), ValueError, "block=0"),
         (lambda: RidgeNLinear(5, 5).predict(np.zeros(5)), RuntimeError, r"not fitted yet; call fit\(series\) first"),
