@@ -198,7 +198,7 @@ def run_sizes(config: SizesConfig, seed: int) -> dict[str, float | list[float]]:
         "saving": 1 - narrow / wide,
     }
 
-# %% ../../nbs/pyraformer/08_accuracy.ipynb #83831dba
+# %% ../../nbs/pyraformer/08_accuracy.ipynb #66b5ecea
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
     "A=1": {"neighbours": 1},
@@ -264,7 +264,7 @@ def run_ablation(config: AblationConfig, seed: int) -> dict[str, float | list[fl
     def ratio(arm: str) -> float:
         return mse[arm] / base if arm in mse else 1.0
 
-    others = [mse[arm] / base for arm in config.arms[1:]]
+    others = [mse[arm] / base for arm in config.arms[1:]] or [1.0]
     return {
         "mse": list(mse.values()),
         "mae": list(mae.values()),
@@ -351,7 +351,7 @@ def run_one_step(config: OneStepExperiment, seed: int) -> dict[str, float]:
         "crps_modern_to_ridge": report["modern"]["crps"] / report["AR ridge"]["crps"],
     }
 
-# %% ../../nbs/pyraformer/08_accuracy.ipynb #6b9faceb
+# %% ../../nbs/pyraformer/08_accuracy.ipynb #edd4be64
 _SINE_UNIT = 10.0  # the amplitudes lie between 5 and 10
 
 
@@ -372,7 +372,9 @@ class SinesConfig:
     @classmethod
     def smoke(cls) -> SinesConfig:
         """Return seconds' worth."""
-        return cls(num_series=4, length=2_000, updates=4)
+        return cls(
+            history=48, horizon=48, periods=(6, 24, 48), num_series=4, length=800, pyramids=((4, 3, 2), (3, 3, 3)), updates=4
+        )
 
     @classmethod
     def mini(cls) -> SinesConfig:
