@@ -311,13 +311,10 @@ def small_config(history: int, horizon: int, num_series: int = 7, **changes: Any
     (169, 42, 10, 2)
     """
     neighbours = 3 if history < 300 else 5  # as in the official scripts
-    return replace(
-        PyraformerConfig(
-            history=history, horizon=horizon, num_series=num_series, neighbours=neighbours, d_model=64, num_heads=4,
-            d_k=16, d_inner=128, num_layers=2, d_bottleneck=16,
-        ),
-        **changes,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "neighbours": neighbours, "d_model": 64, "num_heads": 4, "d_k": 16, "d_inner": 128, "num_layers": 2, "d_bottleneck": 16,
+    }  # fmt: skip
+    return PyraformerConfig(history=history, horizon=horizon, num_series=num_series, **(fields | changes))
 
 
 def make_faithful(config: PyraformerConfig, *, seed: int = 0) -> Pyraformer:
