@@ -51,6 +51,11 @@ bench: $(VENV)/.ready ## measure again what the book's records say of this machi
 	$(BIN)/oral4 run library/startup --scale mini --seeds 3 --save-record
 	$(BIN)/oral4 run pyraformer/paths --scale mini --seeds 3 --save-record
 	$(BIN)/oral4 run pyraformer/cost --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run pyraformer/sizes --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run pyraformer/accuracy --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run pyraformer/ablation --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run pyraformer/one_step --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run pyraformer/sines --scale mini --seeds 3 --save-record
 
 full: $(VENV)/.ready ## the book with its live cells at the scale of one GPU
 	ORAL4_SCALE=gpu $(BIN)/python nbs/_ext/run_notebooks.py --jobs 1 --timeout 86400
