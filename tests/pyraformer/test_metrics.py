@@ -40,6 +40,7 @@ def test_official_numbers():
 
 
 @given(pairs(positive))
+@settings(deadline=None)
 def test_normalised_errors_are_sums_over_everything(pair):
     """single_step_main.py: sqrt(sum e^2 / n) / (sum y / n) and sum |e| / sum y, for positive data."""
     y, forecast = pair
@@ -60,6 +61,7 @@ def test_negative_data_keep_a_positive_measure():
 
 
 @given(pairs(), st.floats(0.1, 100))
+@settings(deadline=None)
 def test_which_metrics_have_a_unit(pair, factor):
     y, forecast = pair
     assert m.mse(y * factor, forecast * factor) == pytest.approx(factor**2 * m.mse(y, forecast), rel=1e-9, abs=1e-12)
@@ -167,6 +169,7 @@ def pinball_by_hand(y, q, tau):
 
 
 @given(hnp.arrays(float, (4,), elements=numbers), hnp.arrays(float, (4, 3), elements=numbers))
+@settings(deadline=None)
 def test_pinball_by_hand(y, q):
     levels = [0.1, 0.5, 0.8]
     by_hand = np.array(
@@ -244,6 +247,7 @@ def test_crps_student_t_becomes_the_gaussian():
 
 
 @given(hnp.arrays(float, (3, 6), elements=numbers), hnp.arrays(float, (3,), elements=numbers))
+@settings(deadline=None)
 def test_crps_sample_by_its_double_sum(draws, y):
     for fair, pairs in ((True, 30), (False, 36)):
         by_hand = [
@@ -267,6 +271,7 @@ def test_the_fair_score_does_not_depend_on_the_number_of_draws():
 
 
 @given(hnp.arrays(float, (2, 5), elements=numbers), hnp.arrays(float, (2,), elements=numbers))
+@settings(deadline=None)
 def test_crps_of_midpoint_quantiles_is_that_of_equally_likely_values(values, y):
     values = np.sort(values, axis=1)
     levels = (np.arange(5) + 0.5) / 5
@@ -384,7 +389,7 @@ levels = st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]) | st.float
 
 
 @given(st.data(), levels)
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_the_theorem(data, level):
     """If any of n + 1 scores is equally likely to be the new one, the bound from the others holds with the promise."""
     count = data.draw(st.integers(m._needed(level), max(m._needed(level), 40)))
@@ -529,7 +534,7 @@ def test_conformal_bad_input():
 
 
 @given(st.lists(numbers, min_size=1, max_size=120), levels, st.floats(0.001, 0.5), st.none() | st.integers(1, 30))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_the_adaptive_guarantee_holds_for_any_scores(scores, level, rate, window):
     bounds, miss_rates = m.adaptive_conformal(scores, level, rate=rate, window=window)
     missed = np.mean(np.array(scores) > bounds)

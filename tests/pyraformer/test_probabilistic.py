@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
@@ -183,9 +183,21 @@ def test_student_t_icdf_is_scipys(df):
 
 
 @given(st.floats(1e-9, 1 - 1e-9), st.floats(0.6, 1e7))
+@settings(deadline=None)
 def test_student_t_icdf_inverts_the_cdf(level, df):
     level = torch.tensor(level, dtype=torch.float64)
     assert float(metrics.student_t_cdf(p.student_t_icdf(level, df), df)) == pytest.approx(float(level), rel=1e-9)
+
+
+def test_student_t_icdf_far_out():
+    tiny = torch.tensor([1e-300, 1e-200, 1e-100], dtype=torch.float64)
+    torch.testing.assert_close(p.student_t_icdf(tiny, 1.0), -1 / (math.pi * tiny), rtol=1e-9, atol=0)
+    torch.testing.assert_close(p.student_t_icdf(tiny, 2.0), -((2 * tiny) ** -0.5), rtol=1e-9, atol=0)
+    normal = torch.from_numpy(stats.norm.ppf(tiny.numpy()))
+    torch.testing.assert_close(
+        p.student_t_icdf(tiny, 1e9), normal, rtol=1e-5, atol=0
+    )  # 1e9 degrees are not infinitely many
+    assert p.student_t_icdf(torch.tensor(0.5), 3.0) == 0
 
 
 def test_student_t_icdf_of_tensors():
@@ -208,6 +220,7 @@ def test_the_shape_of_a_head(head):
     raw, y = torch.randn(2, 5, head.num_outputs), torch.randn(2, 5)
     assert head.location.shape == (head.num_outputs,) and head.location.dtype == torch.bool
     assert head.loss(raw, y).shape == () and head.mean(raw).shape == (2, 5)
+    assert head.loss(raw.bfloat16(), y.bfloat16()).dtype == head.mean(raw.half()).dtype == torch.float32
     if not isinstance(head, p.PointHead):
         low, high = (head.levels[0], head.levels[-1]) if isinstance(head, p.QuantileHead) else (0.05, 0.95)
         assert head.quantiles(raw, [low, high]).shape == (2, 5, 2)
@@ -279,6 +292,8 @@ def test_the_quantile_loss_is_twice_the_pinball_loss(ordered):
 
 
 @given(st.lists(st.floats(-300, 300), min_size=7, max_size=7), st.booleans())
+@settings(deadline=None)
+@example([0.0, 0.0, 143.0, 32.644312629542924, -14.0, 0.0, 0.0], True)  # where interpolation by a product rounds past
 def test_quantiles_never_cross(raw, ordered):
     values = p.QuantileHead(LEVELS, ordered=ordered).quantiles(torch.tensor(raw), LEVELS)
     assert bool((values.diff() >= 0).all())
@@ -287,6 +302,7 @@ def test_quantiles_never_cross(raw, ordered):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=7, max_size=7), st.floats(-8, 8))
+@settings(deadline=None)
 def test_sorting_never_raises_the_loss(raw, y):
     head, y = p.QuantileHead(LEVELS, ordered=False), torch.tensor([y], dtype=torch.float64)
     raw = torch.tensor([raw], dtype=torch.float64)
@@ -544,23 +560,53 @@ class Spy(nn.Module):
 
 @pytest.mark.parametrize("pretrain", [True, False])
 def test_the_recipe_of_the_official_script(pretrain, monkeypatch):
-    kept, rates = [], []
+    asked = []
     loss = p.one_step_loss
-    monkeypatch.setattr(
-        p, "one_step_loss", lambda *a, **k: kept.append((a[0].dim(), k.get("k"), k["factor"])) or loss(*a, **k)
-    )
-    config = p.OneStepConfig(epochs=6, windows_per_epoch=16, pretrain=pretrain, progress=False)
+
+    def noting(mu, sigma, y, **options):
+        asked.append({"everywhere": mu.dim() == 2, "k": None, "ranking": "separate", **options})
+        return loss(mu, sigma, y, **options)
+
+    monkeypatch.setattr(p, "one_step_loss", noting)
+    changes = {"ranking": "se", "ignore_zero": True, "factor": 7.0} if pretrain else {}
+    config = p.OneStepConfig(epochs=6, windows_per_epoch=16, pretrain=pretrain, progress=False, **changes)
     spy = Spy(make_model())
-    p.train_one_step(spy, make_windows(0, 20), config, callbacks=[lambda row: rates.append(row["lr"]) and False])
-    expected = [192, 192, 144, 128, 96, 96]
-    for epoch in range(6):
-        for last_only, size in spy.asked[2 * epoch : 2 * epoch + 2]:
-            assert size == 8 * 24 and last_only == (not pretrain or epoch > 0)
-        for dim, k, factor in kept[2 * epoch : 2 * epoch + 2]:
-            everywhere = pretrain and epoch == 0
-            assert (dim, k, factor) == ((2, None, 100.0) if everywhere else (1, expected[epoch], 100.0))
-    assert len(kept) == 12
-    assert config.lr == 1e-5 and config.lr_decay == 0.5 and p.OneStepConfig().epochs == 10
+    p.train_one_step(spy, make_windows(0, 20), config)
+    kept = [192, 192, 144, 128, 96, 96]
+    assert len(asked) == 12 and [size for _, size in spy.asked] == [8 * 24] * 12
+    for number, options in enumerate(asked):
+        epoch, everywhere = number // 2, pretrain and number < 2
+        assert spy.asked[number][0] == (not everywhere)
+        expected = {
+            "everywhere": everywhere, "k": None if everywhere else kept[epoch], "factor": config.factor,
+            "ignore_zero": config.ignore_zero, "ranking": "separate" if everywhere else config.ranking,
+        }  # fmt: skip
+        assert options == expected
+    without = p.OneStepConfig.mini(**SETTINGS, hard_mining=False, pretrain=False)
+    asked.clear()
+    p.train_one_step(make_model(), make_windows(0, 20), without)
+    assert [options["k"] for options in asked] == [None] * 8
+
+
+def test_the_settings_reach_the_loop(monkeypatch):
+    seen = {}
+
+    def fake(step, model, optimizer, batches, settings, **options):
+        seen.update(optimizer=optimizer, settings=settings, **options)
+
+    monkeypatch.setattr(p, "fit", fake)
+    windows = make_windows(0, 20)
+    config = p.OneStepConfig(clip_norm=0.5, seed=7, precision="bf16", monitor="nd", progress=False)
+    p.train_one_step(make_model(), windows, config, validation=windows, directory="a folder")
+    updates = math.ceil(len(windows) / 8)
+    settings, factor = seen["settings"], seen["scheduler"].lr_lambdas[0]
+    assert (settings.epochs, settings.clip_norm, settings.seed, settings.precision) == (10, 0.5, 7, "bf16")
+    assert (settings.monitor, settings.evaluate_every) == ("nd", updates) and seen["directory"] == "a folder"
+    assert type(seen["optimizer"]) is torch.optim.Adam and seen["scheduler"].base_lrs == [1e-5]
+    assert [factor(update) for update in (0, updates - 1, updates, 2 * updates)] == [1, 1, 0.5, 0.25]
+    assert set(seen["evaluate"](make_model())) >= {"nrmse", "nd", "nll", "crps", "coverage"}
+    p.train_one_step(make_model(), windows, config)
+    assert seen["settings"].monitor is None and seen["evaluate"] is None
 
 
 def test_windows_are_drawn_by_amplitude():
