@@ -442,15 +442,38 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float, drop
     return flex(q, k, v, block_mask=block_mask, scale=scale)
 
 
-_BACKENDS = {"dense": _dense, "sdpa": _sdpa, "gather": _gather, "shift": _shift, "flex": _flex}
+def _triton(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float, dropout_p: float) -> Tensor:
+    from oral4.pyraformer.kernel import attention_triton  # only here, because that module imports this one
+
+    return attention_triton(q, k, v, spec, scale=scale, dropout_p=dropout_p)
 
 
-def _fastest(q: Tensor) -> str:
+def _compiled(q: Tensor, k: Tensor, v: Tensor, spec: PyramidSpec, scale: float, dropout_p: float) -> Tensor:
+    from oral4.pyraformer.kernel import _compiled_plain
+
+    return _compiled_plain(spec)(q, k, v, spec, scale, dropout_p)
+
+
+_BACKENDS = {
+    "dense": _dense,
+    "sdpa": _sdpa,
+    "gather": _gather,
+    "shift": _shift,
+    "flex": _flex,
+    "triton": _triton,
+    "compiled": _compiled,
+}
+
+
+def _fastest(q: Tensor, spec: PyramidSpec, dropout_p: float) -> str:
     """Return the backend for ``"auto"``."""
-    batch, heads, nodes, _ = q.shape
+    batch, heads, nodes, width = q.shape
     if q.device.type == "cpu":  # measured: a table of so many scores costs as much as the shifts' fixed share
         return "sdpa" if batch * heads * nodes**2 <= 200_000 else "shift"
-    return "sdpa" if nodes <= 1024 else "shift"  # a choice by counting launches, not by measurement
+    from oral4.pyraformer.kernel import fastest_backend
+
+    call = {"batch": batch, "heads": heads, "width": width, "dtype": q.dtype, "device": q.device}
+    return fastest_backend(spec, **call, training=torch.is_grad_enabled(), dropout=dropout_p > 0)
 
 # %% ../../nbs/pyraformer/02_attention.ipynb #79cc4918
 def pyramidal_attention(
@@ -479,11 +502,13 @@ def pyramidal_attention(
         Factor of the scores; ``1 / sqrt(d_k)`` if left out.
     dropout_p : float, in [0, 1)
         Probability of dropping a weight after the softmax.
-    backend : {"auto", "shift", "dense", "sdpa", "gather", "flex"}
-        ``"shift"``: linear in the number of nodes, any device. ``"dense"`` (the reference) and ``"sdpa"`` (PyTorch's
-        fused attention with a mask): all n x n scores. ``"gather"``: a table of neighbours. ``"flex"``: PyTorch's
-        compiled FlexAttention, without dropout, on a CPU without gradients. ``"auto"``: ``"sdpa"`` if all scores are
-        few (on a CPU B H n^2 <= 200,000, elsewhere n <= 1,024), else ``"shift"``.
+    backend : {"auto", "shift", "triton", "compiled", "dense", "sdpa", "gather", "flex"}
+        ``"shift"``: linear in the number of nodes, any device. ``"triton"``: the same in one GPU kernel, see
+        `oral4.pyraformer.kernel.attention_triton`. ``"compiled"``: the same in plain operations, compiled once for each
+        pyramid, which takes a while. ``"dense"`` (the reference) and ``"sdpa"`` (PyTorch's fused attention with a mask):
+        all n x n scores. ``"gather"``: a table of neighbours. ``"flex"``: PyTorch's compiled FlexAttention, without
+        dropout, on a CPU without gradients. ``"auto"``: on a CPU ``"sdpa"`` if B H n^2 <= 200,000, else ``"shift"``;
+        elsewhere as `oral4.pyraformer.kernel.fastest_backend` says.
 
     Returns
     -------
@@ -497,12 +522,15 @@ def pyramidal_attention(
         If shapes, devices, number of nodes or a number do not fit, or there is no such backend.
     NotImplementedError
         For ``"flex"`` on a CPU where gradients are asked for.
+    MissingExtra
+        For ``"triton"`` where Triton is not installed.
 
     Guarantees
     ----------
     All backends agree with ``"dense"`` to 1e-12 in float64, values and first derivatives. float16 and bfloat16 are
     computed in float32 and rounded once by all but ``"sdpa"`` and ``"flex"``, which keep the softmax in float32.
-    Autocast changes nothing inside. ``"shift"`` has no second derivative: asking for one raises RuntimeError.
+    Autocast changes nothing inside. ``"shift"``, ``"triton"`` and ``"compiled"`` have no second derivative: asking for
+    one raises RuntimeError.
 
     Examples
     --------
@@ -514,7 +542,7 @@ def pyramidal_attention(
     _check(q, k, v, spec, scale, dropout_p)
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; give it as (batch, heads, nodes, width)")
-    chosen = _fastest(q) if backend == "auto" else backend
+    chosen = _fastest(q, spec, dropout_p) if backend == "auto" else backend
     if chosen not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, {', '.join(_BACKENDS)}")
     with torch.autocast(q.device.type, enabled=False):
