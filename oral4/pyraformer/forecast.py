@@ -36,8 +36,8 @@ from .modern import ModernConfig, ModernPyraformer, Outputs
 from .probabilistic import Head, PointHead, make_head
 
 # %% auto #0
-__all__ = ['DISTRIBUTIONS', 'CANDIDATES', 'FORMAT', 'natural_seasons', 'find_seasons', 'ForecasterConfig', 'fill_from_past',
-           'choose', 'Report', 'Forecaster']
+__all__ = ['DISTRIBUTIONS', 'CANDIDATES', 'FORMAT', 'natural_seasons', 'typical_length', 'seasonal_strength', 'find_seasons',
+           'ForecasterConfig', 'fill_from_past', 'choose', 'Report', 'Forecaster']
 
 # %% ../../nbs/pyraformer/06_forecast.ipynb #ae7e1200
 _STEPS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "D": 86_400.0}
@@ -77,52 +77,90 @@ def natural_seasons(freq: Any) -> tuple[int, ...]:
     return tuple(round(period) for period in periods if 2 <= period <= _LONGEST and abs(period - round(period)) < 1e-9)
 
 
-def _autocorrelation(values: np.ndarray) -> np.ndarray:
-    """Return the autocorrelation of the changes of one series at lags 0 to T / 3; missing values count as no change."""
-    change = np.diff(values)
-    change = np.where(np.isnan(change), 0.0, change - np.nanmean(change)) if np.isfinite(change).any() else np.zeros(len(change))
-    power = np.abs(np.fft.rfft(change, 2 * len(change))) ** 2
-    raw = np.fft.irfft(power)[: len(change) // 3 + 1]
-    return raw / raw[0] if raw[0] > 0 else np.zeros(len(raw))
+def typical_length(lengths: np.ndarray) -> int:
+    """Return the length such that half of all steps are in series at least so long: a thousand stubs beside it do not shorten it.
+
+    Examples
+    --------
+    >>> typical_length(np.array([600, 20, 1]))
+    600
+    """
+    ordered = np.sort(lengths)[::-1]
+    return int(ordered[np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)])
+
+
+def seasonal_strength(values: np.ndarray, period: int) -> float:
+    """Return which share of a series, its trend taken off, a pattern of some period explains; near 0 for noise, 1 for a wave.
+
+    The trend is the mean over one period around each step. What is left is averaged over the steps of each phase. The share is
+    corrected for the number of phases, as an adjusted R squared.
+
+    Parameters
+    ----------
+    values : ndarray, shape (T,)
+        NaN where missing.
+    period : int, from 2 to T / 2
+
+    Examples
+    --------
+    >>> wave = np.sin(np.arange(200) * 2 * np.pi / 20)
+    >>> round(seasonal_strength(wave, 20), 3), bool(seasonal_strength(wave, 17) < 0.1)
+    (1.0, True)
+    """
+    known = ~np.isnan(values)
+    sums, counts = (np.convolve(each, np.ones(period), "valid") for each in (np.where(known, values, 0.0), known.astype(float)))
+    trend = sums / np.maximum(counts, 1)
+    if period % 2 == 0:  # an even period has no middle step: half of both its neighbours
+        trend = (trend[1:] + trend[:-1]) / 2
+    first = period // 2
+    rest = values[first : first + len(trend)] - trend
+    phase, rest = (np.arange(len(rest)) % period)[~np.isnan(rest)], rest[~np.isnan(rest)]
+    count = np.bincount(phase, minlength=period)
+    profile = np.bincount(phase, rest, minlength=period) / np.maximum(count, 1)
+    total = float(((rest - rest.mean()) ** 2).sum()) if len(rest) > period + 1 else 0.0
+    if not total > 1e-20 * float(np.nanmax(np.abs(values), initial=0.0)) ** 2 * len(rest):  # rounding: the trend was all
+        return 0.0
+    unexplained = float(((rest - profile[phase]) ** 2).sum())
+    return 1 - unexplained / (len(rest) - period) / (total / (len(rest) - 1))
 
 
 def find_seasons(series: Sequence[np.ndarray], freq: Any = 1) -> tuple[int, ...]:
     """Return the periods of some series, the main one first: from the calendar if it knows any, else from the series.
 
-    Without a calendar the autocorrelation of the changes decides: the first of its peaks that is nearly as high as the highest,
-    if that stands out of the noise. Changes, since a series that wanders correlates with itself at every lag.
+    Without a calendar the period of the greatest `seasonal_strength` is taken, or a whole part of it that is nearly as strong.
 
     Parameters
     ----------
     series : sequence of ndarray, shape (T,)
-        NaN where missing. At most 50 of them are looked at.
+        NaN where missing. The last 3000 steps of the 20 longest are looked at.
     freq : str or int
         The step, see `natural_seasons`.
 
     Returns
     -------
     tuple of int
-        Empty if there is no season. A period must fit twice into half of the series at least.
+        Empty if there is no season. One of the calendar must fit twice into a series, one that is found four times, and
+        explain two fifths.
 
     Examples
     --------
     >>> find_seasons([np.sin(np.arange(200) * 2 * np.pi / 20)]), find_seasons([np.zeros(100)], "h")
     ((20,), (24,))
     """
-    length = float(np.median([len(values) for values in series]))
-    fitting = [period for period in natural_seasons(freq) if 2 * period <= length]
-    if fitting or natural_seasons(freq):
-        return tuple(fitting)
-    known = [_autocorrelation(values) for values in list(series)[:50] if len(values) >= 12]
-    if not known:
+    length = typical_length(np.array([len(values) for values in series]))
+    if suggested := natural_seasons(freq):
+        return tuple(period for period in suggested if 2 * period <= length)
+    looked_at = [values[-3000:] for values in sorted(series, key=len, reverse=True)[:20]]
+    shortest = min(length, 3000)
+    looked_at = [values / (np.nanmax(np.abs(values)) or 1.0) for values in looked_at if len(values) >= shortest]
+    strength = {
+        period: float(np.mean([seasonal_strength(values, period) for values in looked_at]))
+        for period in range(2, min(shortest // 4, 400) + 1)
+    }
+    period = max(strength, key=lambda each: strength[each], default=0)
+    if not period or strength[period] < 0.4:
         return ()
-    lags = min(len(each) for each in known)
-    mean = np.mean([each[:lags] for each in known], axis=0)
-    peaks = [lag for lag in range(2, lags - 1) if mean[lag - 1] < mean[lag] >= mean[lag + 1]]
-    highest = max((mean[lag] for lag in peaks), default=0.0)
-    if highest < max(0.2, 3 / math.sqrt(length)):
-        return ()
-    return (next(lag for lag in peaks if mean[lag] >= 0.9 * highest),)
+    return (next(part for part in range(2, period + 1) if period % part == 0 and strength[part] >= 0.8 * strength[period]),)
 
 # %% ../../nbs/pyraformer/06_forecast.ipynb #7b12c7e5
 DISTRIBUTIONS = ("conformal", "gaussian", "student_t", "quantile")
@@ -350,7 +388,7 @@ class _Windows:
         self.past, self.future = (torch.from_numpy(np.concatenate(parts[name])).float() for name in ("past", "future"))
         self.static = torch.from_numpy(np.stack([covariates.block("static", s.static) for s in panel])).float()
         self.y32 = torch.from_numpy(self.y).float()
-        self.seen = torch.from_numpy(self.known)
+        self.gap = torch.from_numpy(~self.known).float()
 
     def _steps(self, series: np.ndarray, origins: np.ndarray, low: int, high: int) -> np.ndarray:
         return (self.firsts[series] + origins + self.history_len)[:, None] + np.arange(low, high)
@@ -368,24 +406,29 @@ class _Windows:
         return found
 
     def unrest(self, series: np.ndarray, origins: np.ndarray, season: int) -> np.ndarray:
-        """Return how much the values changed from season to season of late, (n,): over seven seasons or 48 steps, within the window."""
-        lag = season if season < self.history_len else 1
-        steps = min(self.history_len, lag + max(7 * lag, 48))
-        place = self._steps(series, origins, -steps, 0)
-        if steps <= lag:
-            return np.zeros(len(series))
-        change = np.abs(self.y[place[:, lag:]] - self.y[place[:, :-lag]])
-        counted = self.known[place[:, lag:]] & self.known[place[:, :-lag]]
-        return (change * counted).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+        """Return how much the values changed from season to season of late, (n,): over seven seasons or 48 steps, within the window.
+
+        From step to step, where not two values a season apart were observed; NaN, where no two neighbours were either.
+        """
+        found = np.full(len(series), np.nan)
+        for lag in dict.fromkeys([season, 1]):
+            steps = min(self.history_len, lag + max(7 * lag, 48))
+            rows = np.flatnonzero(np.isnan(found))
+            if steps <= lag or not len(rows):
+                continue
+            recent = self.target[self._steps(series[rows], origins[rows], -steps, 0)]
+            change = np.abs(recent[:, lag:] - recent[:, :-lag])
+            count = (~np.isnan(change)).sum(axis=1)
+            found[rows] = np.where(count > 0, np.nansum(change, axis=1) / np.maximum(count, 1), np.nan)
+        return found
 
     def inputs(self, series: np.ndarray, origins: np.ndarray, config: ModernConfig) -> dict[str, Tensor]:
         """Return what a `ModernPyraformer` takes."""
         past = torch.from_numpy(self._steps(series, origins, -self.history_len, 0))
         given = {"y": self.y32[past]}
-        if config.gaps:
-            given["observed"] = self.seen[past]
-        if config.num_past:
-            given["past"] = self.past[past]
+        if config.num_past:  # if one more than the covariates, the last says where the series has gaps, which are filled in y
+            seen = [self.gap[past][..., None]] if config.num_past > self.past.shape[1] else []
+            given["past"] = torch.cat([self.past[past], *seen], dim=2)
         if config.num_future:
             given["future"] = self.future[torch.from_numpy(self._steps(series, origins, -self.history_len, self.horizon))]
         if config.num_static:
@@ -404,15 +447,15 @@ def _cuts(lengths: np.ndarray, horizon: int, config: ForecasterConfig) -> np.nda
     return np.where(lengths[:, None] < 8, lengths[:, None], cuts)
 
 
-def _origins(low: np.ndarray, high: np.ndarray, most: int, season: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return series and origins of all windows with ``low <= origin < high``, thinned evenly to about ``most``."""
-    total = int(np.maximum(high - low, 0).sum())
-    stride = max(1, -(-total // most))
-    while math.gcd(stride, season) > 1:  # every hour of the day has its turn
-        stride += 1
-    places = [np.arange(last - 1, first - 1, -stride)[::-1] for first, last in zip(low, high, strict=True)]
-    series = np.repeat(np.arange(len(places)), [len(place) for place in places])
-    return series, np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
+def _origins(low: np.ndarray, high: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return series and origin of all windows with ``low <= origin < high``; if they are more than ``most``, so many of them at random."""
+    counts = np.maximum(high - low, 0)
+    ends = np.cumsum(counts)
+    chosen = np.arange(ends[-1])
+    if most is not None and len(chosen) > most:  # evenly spaced ones might all fall on one hour of the day
+        chosen = np.sort(np.random.default_rng(0).choice(len(chosen), most, replace=False))
+    series = np.searchsorted(ends, chosen, side="right")
+    return series, chosen - (ends - counts)[series] + low[series]
 
 
 def _naive_forecasts(seasons: Sequence[int], history: int, horizon: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
@@ -463,8 +506,8 @@ def _model_config(
     nodes = -(-history // patch)
     width = config.d_model
     return ModernConfig(
-        history=history, horizon=horizon, num_outputs=head.num_outputs, num_past=len(covariates.mean["past"]),
-        num_future=covariates.num_future, num_static=len(covariates.mean["static"]), gaps=gaps, patch_len=patch,
+        history=history, horizon=horizon, num_outputs=head.num_outputs, num_past=len(covariates.mean["past"]) + gaps,
+        num_future=covariates.num_future, num_static=len(covariates.mean["static"]), patch_len=patch,
         windows=(2, 2) if nodes >= 4 else (2,) if nodes >= 2 else (), d_model=width, d_inner=2 * width, num_layers=config.num_layers,
         num_heads=4 if width % 4 == 0 else 1, dropout=config.dropout, instance_norm=ridge.anchor,
     )  # fmt: skip
@@ -570,7 +613,8 @@ def choose(means: Mapping[str, np.ndarray]) -> str:
     best = min(means, key=lambda name: float(means[name].mean()))
     for name, losses in means.items():
         excess = losses - means[best]
-        if excess.mean() <= excess.std(ddof=1) / math.sqrt(len(excess)) if len(excess) > 1 else name == best:
+        noise = float(excess.std(ddof=1)) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
+        if excess.mean() <= noise + 1e-12:  # rounding is no difference either
             return name
     return best
 
@@ -618,7 +662,10 @@ def _widest(quantiles: Sequence[float]) -> float | None:
 
 
 def _unit(unrest: np.ndarray, difficulty: np.ndarray) -> np.ndarray:
-    """Return in which unit the errors of windows are measured, (n, 1): a restless series is forecast worse than a quiet one."""
+    """Return in which unit the errors of windows are measured, (n, 1): a restless series is forecast worse than a quiet one.
+
+    Any function of what was known before may stand here; NaN, and with it the interval, where nothing was.
+    """
     return (unrest + 0.1 * difficulty)[:, None]
 
 
@@ -661,10 +708,10 @@ FORMAT = 1
 """Version of what `Forecaster.save` writes."""
 
 
-def _default_horizon(freq: Any, seasons: Sequence[int], length: float) -> int:
+def _default_horizon(freq: Any, seasons: Sequence[int], length: int) -> int:
     name = re.sub(r"^\d*(B?[A-Z]|[a-z]+)[A-Z]*(-.*)?$", r"\1", freq) if isinstance(freq, str) else ""
     wanted = _HORIZONS.get(name.removeprefix("B") or name, seasons[0] if seasons and seasons[0] > 1 else 12)
-    return max(1, min(wanted, int(length) // 5))
+    return max(1, min(wanted, length // 4))
 
 
 def _as_frame(frame: Any, time: str, target: str) -> Any:
@@ -753,13 +800,15 @@ class _Fit:
         self.notes: list[str] = []
         self.lengths = np.array([len(s) for s in panel])
         self.device = settings.device(config.device)
-        typical = float(np.median(self.lengths))
+        typical = typical_length(self.lengths)
         if config.season is None:
             self.seasons = find_seasons([s.y for s in panel], panel.freq)
         else:
             self.seasons = config.season if isinstance(config.season, tuple) else (config.season,)
         self.season = self.seasons[0] if self.seasons else 1
         self.horizon = config.horizon or _default_horizon(panel.freq, self.seasons, typical)
+        if self.horizon >= self.lengths.max() > 1:
+            raise DataError(f"horizon={self.horizon:,}, but the longest series has {self.lengths.max():,} steps; shorten the horizon, or give more rows")
         self.cuts = _cuts(self.lengths, self.horizon, config)
         self.scaling = _Scaling({s.id: _Scaling.measure(s.y[:a] if a else s.y) for s, a in zip(panel, self.cuts[:, 0], strict=True)})
         self.covariates = _Covariates.measure(panel, self.cuts[:, 0], config.calendar)
@@ -788,6 +837,8 @@ class _Fit:
         else:
             best_naive = recommended = names[0]
             self.notes.append(f"no series is long enough to compare forecasts; {recommended!r} is used unseen, and there are no intervals")
+        best = min(names, key=lambda name: float(means[name].mean()) if len(means[name]) else math.inf)
+        self.facts |= {"metric": self.config.metric, "compared": bool(len(self.validation[0])), "best": best}
         kept = dict.fromkeys([recommended, "model", "ridge", names[0], best_naive])
         methods, table = {}, {}
         cuts = self.cuts[:, 1:]
@@ -812,7 +863,7 @@ class _Fit:
 
     def _check_coverage(self, method: _Method, calibration: _Calibration) -> None:
         """Note how the widest interval does on the later half of the calibration part when calibrated on the earlier half."""
-        if (level := _widest(self.config.quantiles)) is None:
+        if (level := _widest(self.config.quantiles)) is None or not len(calibration.series):
             return
         early, late = calibration.place[:, 1] <= 0.5, calibration.place[:, 0] >= 0.5
         out = None if method.out is None else Outputs(*(each[torch.from_numpy(late)] for each in method.out))
@@ -831,7 +882,7 @@ class _Fit:
     def _part(self, begin: int, end: int, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Return windows with targets in a part of every series; an origin may lie up to M - 1 steps before the part."""
         low, high = self.cuts[:, begin], self.cuts[:, end]
-        return _origins(np.where(high > low, np.maximum(low - self.horizon + 1, 1), high), high, most, self.season)
+        return _origins(np.where(high > low, np.maximum(low - self.horizon + 1, 1), high), high, most)
 
     def _forecast(self, name: str, series: np.ndarray, origins: np.ndarray) -> tuple[np.ndarray, Outputs | None]:
         if not len(series):
@@ -862,7 +913,7 @@ class _Fit:
     def _choose_history(self) -> None:
         """Set history, windows and ridge: of a few histories the one that serves the ridge regression best on the validation part."""
         a = self.cuts[:, 0]
-        longest = int(np.median(self.lengths))
+        longest = typical_length(self.lengths)
         if self.config.history is not None:
             tried = [self.config.history]
             if tried[0] > self.lengths.max():
@@ -871,7 +922,7 @@ class _Fit:
             base = max(self.seasons, default=1)
             base = base if base > 1 else max(self.horizon, 4)
             base = min(base, max(1, longest // 2))
-            usable = max(base, (int(np.median(a)) - self.horizon) // 2)
+            usable = max(base, (typical_length(a) - self.horizon) // 2)
             tried = sorted({base, *(base * factor for factor in (2, 4) if base * factor <= min(usable, 1024))})
         errors: dict[int, float] = {}
         for history in tried:
@@ -901,7 +952,7 @@ class _Fit:
         a = self.cuts[:, 0]
         complete = a - self.horizon - self.history + 1  # origins with a whole history
         low = np.where(complete >= min(32, self.horizon), self.history, np.minimum(max(1, self.season), self.history))
-        series, origins = _origins(low, np.maximum(a - self.horizon + 1, low), 10**9, 1)
+        series, origins = _origins(low, np.maximum(a - self.horizon + 1, low))
         observed = np.concatenate([[0], np.cumsum(~np.isnan(self.windows.target))])
         first = self.windows.firsts[series] + self.history + origins
         usable = observed[first + self.horizon] > observed[first]
@@ -954,6 +1005,19 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def _verdict(f: _Fitted) -> str:
+    """Return the sentence that says what to use, and how much better it is than the seasonal naive forecast."""
+    if not f.facts["compared"]:
+        return f"Recommended: {f.recommended}, since nothing could be compared."
+    seasonal = next(iter(f.table))
+    mine, theirs = (f.table[name]["mase"] for name in (f.recommended, seasonal))
+    simpler = "" if f.recommended == f.facts["best"] else f", since {f.facts['best']} is better on the validation part by less than the noise"
+    if f.recommended == seasonal or not theirs > 0:
+        return f"Recommended: {f.recommended}{simpler}. Nothing beats it by more than the noise."
+    size = f"{abs(1 - mine / theirs):.0%} {'lower' if mine <= theirs else 'HIGHER'} than"
+    return f"Recommended: {f.recommended}{simpler}. On the held-out part its MASE is {_number(mine)}, {size} that of {seasonal}."
+
+
 def _report(f: _Fitted, backtest: Any = None) -> Report:
     """Return the report of a fitted forecaster, with the errors of its last backtest if there was one."""
     facts, panel = f.facts, f.panel
@@ -963,17 +1027,15 @@ def _report(f: _Fitted, backtest: Any = None) -> Report:
     low, high = facts["held_out"]
     head = [
         f"{len(panel):,} series of {lengths} steps of {panel.freq!r}. {f.horizon} steps ahead from the last {f.history}. Season: {seasons}.",
-        f"Recommended: {f.recommended}, the simplest forecast within the noise of the best on the validation part.",
+        _verdict(f),
     ]
-    if facts["windows"]:
-        head.append(
-            f"Errors on the last {high if low == high else f'{low} to {high}'} steps of the series, which neither trained nor chose anything "
-            f"({facts['windows']:,} windows):"
-        )
     if "coverage" in facts:
         level, found = facts["coverage"]
-        head.insert(2, f"The interval of {level:.0%} covered {found:.1%} of the later half of these steps when calibrated on the earlier half.")
-    columns: tuple[str, ...] = ("method", "MASE", "sMAPE", "MSE", "MSE on validation")
+        head.append(f"The interval of {level:.0%} covers {found:.1%} of the later half of the held-out part when calibrated on the earlier half.")
+    if facts["windows"]:
+        span = f"{high:,}" if low == high else f"{low:,} to {high:,}"
+        head.append(f"Held-out part: the last {span} steps of every series, {facts['windows']:,} windows, which neither trained nor chose anything.")
+    columns: tuple[str, ...] = ("method", "MASE", "sMAPE", "MSE", f"{facts['metric'].upper()} on validation")
     keys = ("mase", "smape", "mse", "validation")
     extra: dict[str, tuple[str, ...]] = {}
     if backtest is not None:
@@ -1228,7 +1290,8 @@ class Forecaster:
             if start + f.horizon < steps:
                 seen = _appended(seen, point, part)
         if any(np.isnan(values[:, :steps]).any() for values in ends.values()):
-            warnings.warn("too few errors to calibrate some quantiles: they are NaN; see report()", UserWarning, stacklevel=2)
+            notes.append("some quantiles are NaN: there are too few errors to calibrate them, or too few values of late in a series")
+            warnings.warn(f"Forecaster: {notes[-1]}; see report()", UserWarning, stacklevel=2)
         values = {"yhat": np.concatenate(points, axis=1), **{f"q{level:g}": each for level, each in ends.items()}}
         return _forecast_frame(panel, int(steps), values, {"method": name, "recommended": f.recommended, "notes": notes})
 
@@ -1258,10 +1321,10 @@ class Forecaster:
             notes.append(f"{len(unseen):,} series were not there when it was fitted, such as {unseen[0]!r}: forecast with the shared weights")
         short = [s.id for s in panel if len(s) < f.history]
         gaps = [s.id for s in panel if np.isnan(s.y[-f.history :]).any()]
-        blind = name != "model" or f.model is None or not f.model.config.gaps
+        blind = name != "model" or f.model is None or f.model.config.num_past == len(panel.past)
         for found, what in ((short, f"are shorter than the history of {f.history}"), (gaps, "have gaps in their history")):
             if found:
-                how = "filled from what came before" if blind else "shown to the model as missing"
+                how = f"filled from what came before{'' if blind else ', and the model is shown where'}"
                 notes.append(f"{len(found):,} series {what}, such as {found[0]!r}: what is missing is {how}")
         return notes
 
