@@ -472,8 +472,16 @@ def _fastest(q: Tensor, spec: PyramidSpec, dropout_p: float) -> str:
         return "sdpa" if batch * heads * nodes**2 <= 200_000 else "shift"
     from oral4.pyraformer.kernel import fastest_backend
 
-    call = {"batch": batch, "heads": heads, "width": width, "dtype": q.dtype, "device": q.device}
-    return fastest_backend(spec, **call, training=torch.is_grad_enabled(), dropout=dropout_p > 0)
+    return fastest_backend(
+        spec,
+        batch=batch,
+        heads=heads,
+        width=width,
+        dtype=q.dtype,
+        device=q.device,
+        training=torch.is_grad_enabled(),
+        dropout=dropout_p > 0,
+    )
 
 # %% ../../nbs/pyraformer/02_attention.ipynb #79cc4918
 def pyramidal_attention(

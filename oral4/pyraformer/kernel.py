@@ -83,7 +83,6 @@ def _keep(key, pair, nodes, column, dropout_p, DROPOUT: constexpr, REAL: constex
 
 # %% ../../nbs/pyraformer/07_kernel.ipynb #06683844
 _BLOCK = 64  # tiles of the finest scale in a block
-_LINE = 12  # numbers in a line of the schedule
 
 
 def _power_of_two(number: int) -> int:
@@ -599,7 +598,7 @@ def _compile(triton: ModuleType, call: _Call, capability: int) -> CompiledKernel
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
     return CompiledKernel(compiled.asm["ptx"], registers, stack, compiled.metadata.shared)
@@ -791,6 +790,7 @@ def kernel_runs_on(device: torch.device | str, dtype: torch.dtype = torch.float3
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= least
 
 
+@torch.compiler.assume_constant_result  # a model that is compiled asks once, not at every call
 def fastest_backend(
     spec: PyramidSpec,
     *,
@@ -849,7 +849,8 @@ class Measured:
 
 
 def _attempt(backend: str, inputs: Sequence[Tensor], g: Tensor, spec: PyramidSpec, training: bool) -> list[Tensor]:
-    y = pyramidal_attention(*inputs, spec, backend=backend)
+    q, k, v = inputs
+    y = pyramidal_attention(q, k, v, spec, backend=backend)
     return [y, *torch.autograd.grad(y, inputs, g)] if training else [y]
 
 

@@ -226,7 +226,7 @@ def kernel_in_pytorch(spec, q, k, v):
     verdict = torch.library.opcheck(torch.ops.oral4.pyramid_forward.default, (*some, *graph), test_utils=checks)
 
     def layer(q, k, v):
-        return attention_triton(2 * q, k, v, spec, scale=0.15) + 1
+        return pyramidal_attention(2 * q, k, v, spec, scale=0.15, backend="triton") + 1
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     found = [compiled(*some), *torch.autograd.grad(compiled(*some).square().sum(), some)]
@@ -413,7 +413,7 @@ def test_dropout_draws_anew_for_batches_heads_and_seeds(interpreter):
 def written_by(spec, tile, lanes):
     """The nodes that each program writes, from the schedule as the kernel reads it."""
     table, blocks, slots = kernel._schedule(spec, tile, lanes, torch.device("cpu"))
-    assert table.shape == (slots, kernel._LINE)
+    assert table.shape == (slots, 12)
     found = []
     for job in range(blocks * slots):
         block, line = job // slots, table[job % slots].tolist()
@@ -671,6 +671,16 @@ def test_auto_asks_for_the_rule_off_the_cpu(monkeypatch):
     assert asked == [call | {"training": True, "dropout": False}, call | {"training": False, "dropout": True}]
     pyramidal_attention(*torch.randn(3, 1, 1, 14, 4), PyramidSpec(8, (2, 2)))
     assert len(asked) == 2, "on a CPU the measured rule stands"
+
+
+def test_a_compiled_model_may_ask(cache):
+    spec = PyramidSpec(4096, (4, 4))
+
+    def choose(x):
+        return x + (fastest_backend(spec, batch=1, heads=1, width=8, dtype=x.dtype, device="meta") == "shift")
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 1
 
 
 def test_a_measurement_replaces_the_rule_for_calls_of_its_size(cache):
