@@ -258,6 +258,24 @@ def test_the_report_is_what_an_own_computation_says():
     assert page.count("<tr>") == len(report.rows) + 1 and forecaster.recommended in page
 
 
+def test_what_was_filled_is_no_target():
+    """The same row for a series with a gap in its last part: nothing is judged by what a rule has put there."""
+    y = waves(1, 400)[:, 0]
+    table = pd.DataFrame({"ds": np.arange(400), "y": y})
+    gap = np.arange(360, 375)
+    table.loc[gap, "y"] = np.nan
+    filled = table.y.ffill().to_numpy()
+    errors = [
+        filled[origin + step - 12] - y[origin + step]
+        for origin in range(335, 400)
+        for step in range(6)
+        if 340 <= origin + step < 400 and origin + step not in gap
+    ]
+    report = quiet_fit(table, impute="ffill").report()
+    row = next(row for row in report.rows if row[0].strip(" *") == "seasonal naive 12")
+    assert row[3] == f"{np.mean(np.square(errors)) / y[:280].var():.3g}"
+
+
 # ------------------------------------------------------------------------------------------------------- intervals
 
 
