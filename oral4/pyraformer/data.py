@@ -695,7 +695,7 @@ def make_sines(
     """Return the paper's synthetic series: sines of several periods and noise whose memory fades slowly.
 
     Appendix E of the paper. ``y(t) = sum_k A_k sin(2 pi t / T_k) + noise(t)``, with A_k uniform in [5, 10], t beginning at a
-    random whole hour below the longest period, and the covariance of the noise 1 / (|i - j| + 1).
+    random whole hour below the longest period, and the covariance of the noise ``1 / (|i - j| + 1)``.
 
     Parameters
     ----------
@@ -793,8 +793,6 @@ class OneStepWindows(torch.utils.data.Dataset):
 
     Attributes
     ----------
-    v : ndarray, shape (number of windows,), float64
-        The scale of each window; the official name.
     series_of, start_of : ndarray of int, shape (number of windows,)
         The series that each window is from, and its first row there.
 
