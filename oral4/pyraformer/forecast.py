@@ -160,7 +160,9 @@ def find_seasons(series: Sequence[np.ndarray], freq: Any = 1) -> tuple[int, ...]
     period = max(strength, key=lambda each: strength[each], default=0)
     if not period or strength[period] < 0.4:
         return ()
-    return (next(part for part in range(2, period + 1) if period % part == 0 and strength[part] >= 0.8 * strength[period]),)
+    # Of 201, 100 and 99, nearly alike, 100 is the season: two of them are 201 but for half a step each.
+    parts = [part for part in strength if abs(period - round(period / part) * part) <= 0.5 * round(period / part)]
+    return (next(part for part in parts if strength[part] >= 0.8 * strength[period]),)
 
 # %% ../../nbs/pyraformer/06_forecast.ipynb #7b12c7e5
 DISTRIBUTIONS = ("conformal", "gaussian", "student_t", "quantile")
@@ -834,10 +836,10 @@ class _Fit:
             order = sorted(naive, key=lambda name: round(float(means[name].mean()), 12))  # rounding is no difference
             allowed = [*order, *(name for name in ("ridge", "model") if name in names and name in self.config.candidates)]
             best_naive, recommended = order[0], choose({name: means[name] for name in allowed})
+            best = min(allowed, key=lambda name: float(means[name].mean()))
         else:
-            best_naive = recommended = names[0]
+            best_naive = recommended = best = names[0]
             self.notes.append(f"no series is long enough to compare forecasts; {recommended!r} is used unseen, and there are no intervals")
-        best = min(names, key=lambda name: float(means[name].mean()) if len(means[name]) else math.inf)
         self.facts |= {"metric": self.config.metric, "compared": bool(len(self.validation[0])), "best": best}
         kept = dict.fromkeys([recommended, "model", "ridge", names[0], best_naive])
         methods, table = {}, {}
