@@ -906,6 +906,12 @@ def test_plot_draws_history_forecast_and_band(fitted, tmp_path):
     history, line = ax.get_lines()
     assert len(history.get_ydata()) == 20 and len(line.get_ydata()) == 13 and len(ax.collections) == 2
     assert history.get_ydata()[-1] == line.get_ydata()[0] == fitted._panel["s1"].y[-1]
+    zoned = waves(200, 1)
+    zoned["ds"] = zoned["ds"].dt.tz_localize("Asia/Kolkata")
+    line = Forecaster(horizon=4, **FLOOR).fit(zoned).plot().get_lines()[1]
+    assert line.get_xdata()[0] == zoned["ds"].iloc[-1].tz_localize(None).to_datetime64()  # the clock's own reading
+    counted = Forecaster(horizon=4, **FLOOR).fit(np.sin(np.arange(200) / 4)).plot()
+    assert counted.get_lines()[1].get_xdata().tolist() == [199, 200, 201, 202, 203]
     own = plt.subplots()[1]
     assert fitted.plot(ax=own, ids=["s0"]) is own
     with pytest.raises(ValueError, match="there is no forecast of 'nobody'; there are 's0'"):
