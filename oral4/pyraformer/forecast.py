@@ -815,7 +815,7 @@ def _metrics(windows: _Windows, series: np.ndarray, target: np.ndarray, point: n
             "smape": float(np.nanmean(2 * error * spread / np.where(size == 0, 1, size))),
         }
 
-# %% ../../nbs/pyraformer/06_forecast.ipynb #d75a6aaa
+# %% ../../nbs/pyraformer/06_forecast.ipynb #78aad995
 #| code-fold: true
 #| code-summary: Show how the steps of a fit follow each other
 class _Fit:
@@ -828,7 +828,9 @@ class _Fit:
         self.device = settings.device(config.device)
         typical = typical_length(self.lengths)
         if config.season is None:
-            self.seasons = find_seasons([s.y for s in panel], panel.freq)
+            # A season that the calendar knows needs the length alone; one that is found must not be found on the calibration part.
+            ends = self.lengths if natural_seasons(panel.freq) else self.lengths - np.maximum(self.lengths // 4, np.round(config.calibration * self.lengths).astype(int))
+            self.seasons = find_seasons([s.y[:end] for s, end in zip(panel, ends, strict=True)], panel.freq)
         else:
             self.seasons = config.season if isinstance(config.season, tuple) else (config.season,)
         self.season = self.seasons[0] if self.seasons else 1
@@ -1001,7 +1003,7 @@ class _Fit:
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
         return model.cpu().eval()
 
-# %% ../../nbs/pyraformer/06_forecast.ipynb #78aad995
+# %% ../../nbs/pyraformer/06_forecast.ipynb #b12c0b5b
 #| code-fold: true
 #| code-summary: Show how the report is written
 @dataclass(frozen=True)
@@ -1077,7 +1079,7 @@ def _report(f: _Fitted, backtest: Any = None) -> Report:
     ]
     return Report(tuple(head), columns, tuple(rows), tuple(f.notes))
 
-# %% ../../nbs/pyraformer/06_forecast.ipynb #b12c0b5b
+# %% ../../nbs/pyraformer/06_forecast.ipynb #f561c3fe
 #| code-fold: true
 #| code-summary: Show how a forecast is put back into the units of the data
 def _names(panel: Panel) -> dict[str, Any]:

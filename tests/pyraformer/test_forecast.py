@@ -275,6 +275,16 @@ def test_nothing_is_learnt_from_the_part_that_calibrates(table):
         assert one.table[name]["mse"] != two.table[name]["mse"]
 
 
+def test_no_season_is_found_on_the_part_that_calibrates():
+    """A series without dates: its late part screams another period."""
+    y = waves(400, 1)["y"].to_numpy(copy=True)
+    loud = y.copy()
+    loud[300:] += 50 * np.sin(2 * np.pi * np.arange(100) / 5)
+    assert find_seasons([y]) == (24,) != find_seasons([loud])
+    for calibration in (0.15, 0.25):
+        assert Forecaster(horizon=12, calibration=calibration, **FLOOR).fit(loud)._fitted.seasons == (24,)
+
+
 def test_training_ends_where_validation_begins(table, monkeypatch):
     seen = {}
 
