@@ -361,7 +361,7 @@ def test_list_of_everything(oral4):
 
 def test_list_of_one_thing(oral4):
     code, out, _ = oral4("list", "experiments")
-    assert code == 0 and re.search(r"^library/startup +Time of", out, re.M) and "ETTh1" not in out
+    assert code == 0 and re.search(r"^library/startup +Time of", out, re.M) and "ett/ETTh1.csv" not in out
 
 
 def test_list_of_what_is_not_there(oral4):
@@ -373,8 +373,8 @@ def test_cite_by_key_chapter_and_all(oral4):
     _, one, _ = oral4("cite", "liu2022pyraformer")
     assert one.startswith("@inproceedings{liu2022pyraformer,") and one.rstrip().endswith("}") and one.count("@") == 1
     _, some, _ = oral4("cite", "pyraformer")
-    assert one.strip() in some and 5 < some.count("\n@") < 18
     _, everything, _ = oral4("cite")
+    assert one.strip() in some and 5 < some.count("\n@") < everything.count("\n@") - 5  # the chapter's, not all
     text = (Path(cli.__file__).parent / "references.bib").read_text(encoding="utf-8")
     assert len(re.findall("^@", everything, re.M)) == len(re.findall("^@", text, re.M))  # none is lost on the way
 
