@@ -21,6 +21,8 @@ $(BIN)/python:
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[dev,book]'
+	# only for its file of weights: what it requires besides no longer builds
+	$(PIP) install --no-deps resemblyzer==0.1.4
 	@touch $@
 
 book: $(VENV)/.ready ## run the notebooks that changed and build the site in _build/html
