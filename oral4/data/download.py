@@ -41,9 +41,10 @@ def download(
     urls : sequence of str
         Mirrors of the same file, https, tried in turn. Those whose failure may pass are tried again.
     num_bytes : int
-        The exact size.
+        The exact size; without ``sha256`` the most that is taken.
     sha256 : str
-        64 hexadecimal digits.
+        64 hexadecimal digits; ``""`` for an archive that its server packs anew for everyone, whose content the
+        caller then checks.
     folder : Path
         An existing folder.
     insecure_server : str, optional
@@ -65,14 +66,15 @@ def download(
     with _session(insecure_server) as session, _quiet(pooch.get_logger()):
 
         def stream(url: str, output: str, _: object) -> None:
-            _stream(url, output, num_bytes, session)
+            _stream(url, output, num_bytes, session, exact=bool(sha256))
 
         for turn in range(_ROUNDS):
             if turn and promising:
                 time.sleep(_PAUSE_SECONDS * 2 ** (turn - 1))
             for url in tuple(promising):
                 try:
-                    file = pooch.retrieve(url, f"sha256:{sha256}", fname=fname, path=folder, downloader=stream)
+                    known = f"sha256:{sha256}" if sha256 else None
+                    file = pooch.retrieve(url, known, fname=fname, path=folder, downloader=stream)
                 except (requests.RequestException, ValueError) as error:
                     failures[url], may_pass = _reason(error)
                     if not may_pass:
@@ -97,8 +99,8 @@ def _session(insecure_server: str | None) -> requests.Session:
     return session
 
 
-def _stream(url: str, output: str, num_bytes: int, session: requests.Session) -> None:
-    """Write what ``url`` gives to ``output``, never more than ``num_bytes``."""
+def _stream(url: str, output: str, num_bytes: int, session: requests.Session, *, exact: bool) -> None:
+    """Write what ``url`` gives to ``output``, never more than ``num_bytes`` and, if ``exact``, never less."""
     import requests
     from tqdm import tqdm
 
@@ -112,7 +114,7 @@ def _stream(url: str, output: str, num_bytes: int, session: requests.Session) ->
     with response:
         response.raise_for_status()
         offered = response.headers.get("Content-Length", "")
-        if offered.isdecimal() and int(offered) != num_bytes and "Content-Encoding" not in response.headers:
+        if exact and offered.isdecimal() and int(offered) != num_bytes and "Content-Encoding" not in response.headers:
             raise ValueError(f"the server offers {int(offered):,} bytes instead of {num_bytes:,}")
         received = 0
         small = num_bytes < 20_000_000  # a few seconds need no progress bar
@@ -124,7 +126,7 @@ def _stream(url: str, output: str, num_bytes: int, session: requests.Session) ->
                     raise ValueError(f"the server sends more than {num_bytes:,} bytes")
                 file.write(block)
                 bar.update(len(block))
-    if received < num_bytes:
+    if exact and received < num_bytes:
         raise requests.ConnectionError(f"the connection ended after {received:,} of {num_bytes:,} bytes")
 
 

@@ -45,13 +45,14 @@ class Entry:
     urls: tuple[str, ...]
     """Where to download, in the order of trying."""
     bytes: int
-    """Size of the file, or of the archive."""
-    sha256: str
-    """Of the file, or of the archive."""
+    """Size of the file, or of the archive; an upper bound for an archive without ``sha256``."""
     title: str
     home: str
     licence: str
     citation: str
+    sha256: str = ""
+    """Of the file, or of the archive. An archive that its server packs anew, whose bytes may change while its
+    content does not, has none: there ``tree_sha256`` alone decides."""
     members: tuple[str, ...] = ()
     """For an archive, what is unpacked; see :func:`oral4.data.archive.unpack`."""
     strip: int = 0
@@ -63,14 +64,15 @@ class Entry:
         path = PurePosixPath(self.name)
         if path.is_absolute() or ".." in path.parts or str(path) != self.name or self.name == ".":
             raise ValueError(f"registry: {self.name!r} is not a relative path in its shortest form")
-        hashes = [self.sha256, self.tree_sha256] if self.members else [self.sha256]
+        hashes = [self.tree_sha256, *([self.sha256] if self.sha256 else [])] if self.members else [self.sha256]
         if not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes):
             raise ValueError(f"registry: {self.name} needs sha256 (an archive also tree_sha256), 64 hexadecimal digits")
         if self.bytes < 1 or not self.urls or not self.licence:
             raise ValueError(f"registry: {self.name} needs bytes, urls and a licence")
 
     def __str__(self) -> str:
-        rows = [("url", url) for url in self.urls] + [("bytes", f"{self.bytes:,}"), ("sha256", self.sha256)]
+        checked = ("sha256", self.sha256) if self.sha256 else ("tree", self.tree_sha256)
+        rows = [("url", url) for url in self.urls] + [("bytes", f"{self.bytes:,}"), checked]
         rows += [("licence", self.licence), ("from", f"{self.title}, {self.home}"), ("cite", self.citation)]
         return "\n".join([self.name, *(f"  {label:8}{value}" for label, value in rows)])
 

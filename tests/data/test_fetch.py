@@ -23,6 +23,7 @@ import pytest
 from oral4 import settings
 from oral4.data import available, describe, fetch, names
 from oral4.data.archive import tree_sha256
+from oral4.data.fetch import Entry
 from oral4.errors import DataError
 
 fetching = importlib.import_module("oral4.data.fetch")  # oral4.data.fetch is the function of the same name
@@ -676,3 +677,17 @@ REAL_DATA = os.environ.get("ORAL4_DATA")
 
 def test_settings_name_the_places(cache, own):
     assert settings.cache_dir() == cache and settings.data_dir() == own
+
+
+def test_an_archive_that_its_server_packs_anew_is_judged_by_its_content(server, archive_entry):
+    packed = replace(archive_entry, sha256="", bytes=archive_entry.bytes + 1000)
+    assert sorted(path.name for path in (server.get(packed) / "recordings").iterdir())
+    with pytest.raises(DataError, match="its files differ"):
+        server.get(replace(packed, name="other", tree_sha256="0" * 64))
+    with pytest.raises(DataError, match=r"more than 10 bytes"):
+        server.get(replace(packed, name="small", bytes=10))
+
+
+def test_a_plain_file_needs_its_sha256():
+    with pytest.raises(ValueError, match="needs sha256"):
+        Entry(name="a/b.csv", urls=("https://x/",), bytes=1, title="", home="", licence="x", citation="")
