@@ -102,8 +102,8 @@ def masked_group_norm(
 ) -> Tensor:
     """Return group norm whose mean and variance are taken over the frames alone, and zeros at the padding.
 
-    An item of a batch so gets what it gets alone. ``x`` is read twice: once for the moments of every frame, which are
-    joined by the law of total variance, and once for the result. No sum of squares is subtracted from another.
+    An item of a batch so gets what it gets alone. Four passes over ``x``: the mean, the difference from it, the norm of
+    the difference, the result. No sum of squares is subtracted from another.
 
     Parameters
     ----------
@@ -133,18 +133,19 @@ def masked_group_norm(
     if mask is None or _nothing_padded(mask):
         return F.group_norm(x, num_groups, weight, bias, eps)
     frames = _frame_weights(x, mask)[:, None]  # (B, 1, T)
-    inside, centre = torch.var_mean(x.reshape(len(x), num_groups, -1, x.shape[-1]), dim=2, correction=0)  # (B, G, T)
-    count = frames.sum(dim=-1, keepdim=True).clamp(min=1)
-    mean = (centre * frames).sum(dim=-1, keepdim=True) / count  # (B, G, 1)
-    variance = ((inside + (centre - mean).square()) * frames).sum(dim=-1, keepdim=True) / count
-    scale = (variance + eps).rsqrt().repeat_interleave(x.shape[1] // num_groups, dim=1)  # (B, C, 1)
+    groups = x.reshape(len(x), num_groups, -1, x.shape[-1])  # (B, G, C / G * F, T)
+    count = groups.shape[2] * frames.sum(dim=-1, keepdim=True)[:, None].clamp(min=1)  # (B, 1, 1, 1)
+    mean = (groups.sum(dim=2, keepdim=True) * frames[:, None]).sum(dim=-1, keepdim=True) / count
+    centred = (groups - mean) * frames[:, None]
+    norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)  # along time only: short sums, and no tensor of squares
+    variance = norms.square().sum(dim=2, keepdim=True) / count
+    scale = (variance + eps).rsqrt()[..., 0].repeat_interleave(x.shape[1] // num_groups, dim=1)  # (B, C, 1)
     scale = scale if weight is None else scale * weight[:, None]
-    shift = -mean.repeat_interleave(x.shape[1] // num_groups, dim=1) * scale
-    shift = shift if bias is None else shift + bias[:, None]
-    scale, shift = scale * frames, shift * frames  # (B, C, T): zero at the padding
-    if x.dim() == 4:
-        scale, shift = scale[:, :, None], shift[:, :, None]
-    return torch.addcmul(shift, x, scale)
+    scale, centred = (scale if x.dim() == 3 else scale[..., None]), centred.reshape(x.shape)
+    if bias is None:
+        return centred * scale
+    shift = bias[:, None] * frames  # (B, C, T): zero at the padding
+    return torch.addcmul(shift if x.dim() == 3 else shift[:, :, None], centred, scale)
 
 
 def masked_instance_norm_reference(
