@@ -15,15 +15,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, OralError, require
+from .audio import MelPreset, find_preset
 
 # %% auto #0
-__all__ = ['PHONES', 'PhoneSpan', 'MissingProgram', 'espeak_voices', 'espeak_say', 'flite_say', 'frame_phones']
+__all__ = ['PHONES', 'PhoneSpan', 'MissingProgram', 'espeak_voices', 'espeak_say', 'flite_say', 'frame_phones', 'read_textgrid']
 
 # %% ../../nbs/diffvc/02_align.ipynb #35c01f63
 PHONES = tuple(
@@ -74,6 +76,7 @@ _CONSONANTS = {
 }  # fmt: skip
 _RHOTIC = {"3": "ER", "A@": "AA R", "o@": "AO R", "O@": "AO R", "e@": "EH R", "i@3": "IH R", "U@": "UH R", "aI3": "AY ER", "aa": "AE"}
 _NON_RHOTIC = {"3": "AH", "A@": "AA", "o@": "AO", "O@": "AO", "e@": "EH", "i@3": "IH", "U@": "UH", "aI3": "AY AH", "aa": "AA"}
+_FINAL_GLIDE_S = 0.08  # here a vowel is half way to its final l, measured on eight words
 _FLITE = {"pau": "sil", "ssil": "sil", "ax": "AH"} | {phone.lower(): phone for phone in PHONES[:39]}
 
 
@@ -87,8 +90,18 @@ def _known(name: str, known: Sequence[str], what: str, more: str) -> None:
         raise ValueError(f"there is no {what} {name!r}; near it: {', '.join(near)}; {more}")
 
 
+def _audible(events: list[tuple[float, str]], end_s: float) -> list[tuple[float, str]]:
+    """Return the events with time for a final l: espeak glides to it inside the vowel and reports it when all is over."""
+    times = [time for time, _ in events] + [end_s]
+    for index in range(1, len(events)):
+        if times[index] >= times[index + 1] and not events[index][1].startswith("_") and not events[index - 1][1].startswith("_"):
+            times[index] -= min(_FINAL_GLIDE_S, (times[index] - times[index - 1]) / 2)
+    return [(time, mnemonic) for time, (_, mnemonic) in zip(times, events, strict=False)]
+
+
 def _mapped(events: list[tuple[float, str]], end_s: float, table: Mapping[str, str], voice: str) -> list[PhoneSpan]:
     """Return spans in the classes of `PHONES` for (start in seconds, mnemonic) pairs in order."""
+    events = _audible(events, end_s)
     spans: list[PhoneSpan] = []
     for index, (start, mnemonic) in enumerate(events):
         stop = events[index + 1][0] if index + 1 < len(events) else end_s
@@ -333,7 +346,7 @@ def flite_say(text: str, voice: str = "slt") -> tuple[np.ndarray, int, list[Phon
     return wave, int(rate), _mapped(events, min(ends[-1], len(wave) / rate), _FLITE, voice)
 
 # %% ../../nbs/diffvc/02_align.ipynb #880e41c7
-def frame_phones(spans: Sequence[PhoneSpan], preset: Any = "speech-16k", num_frames: int | None = None) -> list[str | None]:
+def frame_phones(spans: Sequence[PhoneSpan], preset: str | MelPreset = "speech-16k", num_frames: int | None = None) -> list[str | None]:
     """Return the phone of every frame of a mel spectrogram; None where there is none.
 
     A span covers the frames from ``int(start_s * rate) // hop`` up to and with ``int(end_s * rate) // hop``. So two
@@ -357,11 +370,7 @@ def frame_phones(spans: Sequence[PhoneSpan], preset: Any = "speech-16k", num_fra
     DataError
         If there are no spans, or they reach past the mel by a frame or more.
     """
-    if isinstance(preset, str):
-        from oral4.diffvc.audio import PRESETS
-
-        _known(preset, list(PRESETS), "preset", "PRESETS of oral4.diffvc.audio holds all")
-        preset = PRESETS[preset]
+    preset = find_preset(preset)
     if not spans:
         raise DataError("the alignment is empty; there is no phone to give to a frame")
     last = int(spans[-1].end_s * preset.rate) // preset.hop
@@ -377,3 +386,123 @@ def frame_phones(spans: Sequence[PhoneSpan], preset: Any = "speech-16k", num_fra
         end = min(num_frames, int(span.end_s * preset.rate) // preset.hop + 1)
         phones[start:end] = [span.phone] * max(0, end - start)
     return phones
+
+# %% ../../nbs/diffvc/02_align.ipynb #38d48b3e
+_TEXTGRID_TOKEN = re.compile(r'"((?:[^"]|"")*)"|(?<!\S)(<[^>\s]*>)(?!\S)|(?<!\S)([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?!\S)')
+_ROUNDING_S = 1e-4  # files are often written with four decimals
+_SILENCES, _NOISES = ("", "sil", "sp", "<eps>", "<sil>"), ("spn", "<unk>", "nsn")
+
+
+class _Tokens:
+    """The values of a TextGrid in order; labels of the long form are comments to this parser, as they are to Praat."""
+
+    def __init__(self, text: str, path: Path):
+        self.path, self.at = path, 0
+        # a Boolean flag or a number stands alone between blanks, so "intervals [1]:" holds neither
+        self.values = [match.groups() for match in _TEXTGRID_TOKEN.finditer(text)]
+
+    def take(self, kind: str, what: str) -> str:
+        if self.at == len(self.values):
+            raise DataError(f"{self.path}: the file ends where {what} is expected; is it cut off?")
+        quoted, flag, number = self.values[self.at]
+        self.at += 1
+        value = {"text": quoted, "flag": flag, "number": number}[kind]
+        if value is None:
+            raise DataError(f"{self.path}: {quoted or flag or number!r} stands where {what} ({kind}) is expected")
+        return value.replace('""', '"') if kind == "text" else value
+
+    def count(self, what: str) -> int:
+        value = self.take("number", what)
+        if not value.isdigit():
+            raise DataError(f"{self.path}: {what} is {value}; a count is needed")
+        return int(value)
+
+    def seconds(self, what: str) -> float:
+        return float(self.take("number", what))
+
+
+def _textgrid_tiers(path: Path) -> dict[str, tuple[float, float, list[tuple[float, float, str]]]]:
+    """Return start, end and intervals of the interval tiers of a file, by name; a name used twice keeps the first."""
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: no TextGrid that can be read: {error}") from error
+    tokens = _Tokens(text, path)
+    if tokens.take("text", "the file type") != "ooTextFile" or tokens.take("text", "the object class") != "TextGrid":
+        raise DataError(f"{path}: no TextGrid; it must begin with \"ooTextFile\" and \"TextGrid\"")
+    tokens.seconds("the start"), tokens.seconds("the end")
+    if tokens.take("flag", "<exists>") != "<exists>":
+        raise DataError(f"{path}: the TextGrid says that it has no tiers")
+    tiers: dict[str, tuple[float, float, list[tuple[float, float, str]]]] = {}
+    for _tier in range(tokens.count("the number of tiers")):
+        kind, name = tokens.take("text", "the class of a tier"), tokens.take("text", "the name of a tier")
+        start, end = tokens.seconds("the start of a tier"), tokens.seconds("the end of a tier")
+        rows = []
+        for _row in range(tokens.count(f"the size of tier {name!r}")):
+            if kind == "IntervalTier":
+                a, b = tokens.seconds("the start of an interval"), tokens.seconds("the end of an interval")
+                rows.append((a, b, tokens.take("text", "the text of an interval").strip()))
+            else:  # points have no length
+                tokens.seconds("the time of a point"), tokens.take("text", "the mark of a point")
+        if kind == "IntervalTier":
+            tiers.setdefault(name, (start, end, rows))
+    return tiers
+
+
+def _class_of_label(label: str, stress: bool) -> str | None:
+    """Return the phone that a label means, None if it is not known."""
+    if label.lower() in _SILENCES:
+        return "sp" if stress and label.lower() == "sp" else "sil"
+    if label.lower() in _NOISES:
+        return "spn"
+    plain = label[:-1] if label[-1] in "012" and label[0] in "AEIOU" else label
+    return (label if stress else plain) if plain in PHONES else None
+
+
+def read_textgrid(path: str | PathLike[str], tier: str = "phones", *, stress: bool = False) -> list[PhoneSpan]:
+    """Return the phones of a TextGrid, the file that Praat and the Montreal Forced Aligner write.
+
+    Long and short form, UTF-8 and UTF-16. An interval without text is silence.
+
+    Parameters
+    ----------
+    path : str or path
+    tier : str
+        Name of the tier of phones.
+    stress : bool
+        Keep the digit of stress of the vowels, and ``sp`` apart from ``sil``. So the official tables have it.
+
+    Returns
+    -------
+    list of PhoneSpan
+        Without gaps and in order.
+
+    Raises
+    ------
+    DataError
+        If the file is no TextGrid or is cut off, has no such tier, the tier is empty, its intervals overlap or leave a
+        gap, or a label is no ARPAbet phone.
+    """
+    path = Path(path)
+    tiers = _textgrid_tiers(path)
+    if tier not in tiers:
+        raise DataError(f"{path}: no interval tier {tier!r}; it has {', '.join(map(repr, tiers)) or 'none'}; say which with tier=")
+    start, end, rows = tiers[tier]
+    if not rows:
+        raise DataError(f"{path}: tier {tier!r} is empty; there is no phone in it")
+    spans, reached = [], start
+    for begin, stop, label in rows:
+        if not 0 <= begin < stop:
+            raise DataError(f"{path}: interval {begin} to {stop} s of {label!r} in tier {tier!r}: 0 <= start < end is needed")
+        if abs(begin - reached) > _ROUNDING_S:
+            what = "overlaps the one before it" if begin < reached else "leaves a gap after the one before it"
+            raise DataError(f"{path}: interval {begin} to {stop} s of {label!r} in tier {tier!r} {what}, which ends at {reached} s")
+        phone = _class_of_label(label, stress)
+        if phone is None:
+            raise DataError(f"{path}: label {label!r} at {begin} s is no ARPAbet phone; align with a dictionary of ARPAbet, as MFA's english_us_arpa")
+        spans.append(PhoneSpan(begin, stop, phone))
+        reached = stop
+    if abs(end - reached) > _ROUNDING_S:
+        raise DataError(f"{path}: tier {tier!r} ends at {end} s and its last interval at {reached} s; fill the gap with silence")
+    return spans
