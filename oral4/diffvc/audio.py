@@ -11,7 +11,7 @@ import struct
 import warnings
 import wave as wave_file
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..data.limits import DEFAULT, Limits, check_audio
-from ..errors import DataError, require
+from ..errors import CheckpointError, DataError, require
 
 # %% auto #0
-__all__ = ['PRESETS', 'MAGNITUDE_FLOOR', 'MEL_FLOOR', 'MelPreset', 'find_preset', 'hz_to_mel', 'mel_to_hz', 'mel_basis',
-           'log_mel', 'pad_mels', 'log_mel_batch', 'AudioWarning', 'load_audio', 'resample', 'count_clipped',
-           'prepare_wave', 'soft_limit', 'write_wav', 'spectral_subtraction']
+__all__ = ['PRESETS', 'MAGNITUDE_FLOOR', 'MEL_FLOOR', 'MelPreset', 'find_preset', 'check_same_preset', 'hz_to_mel', 'mel_to_hz',
+           'mel_basis', 'log_mel', 'pad_mels', 'log_mel_batch', 'AudioWarning', 'load_audio', 'resample',
+           'count_clipped', 'prepare_wave', 'soft_limit', 'write_wav', 'spectral_subtraction']
 
 # %% ../../nbs/diffvc/01_audio.ipynb #5a333dbe
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,34 @@ def find_preset(preset: str | MelPreset) -> MelPreset:
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a MelPreset")
     return PRESETS[preset]
+
+
+def check_same_preset(found: MelPreset, wanted: MelPreset, *, what: str) -> None:
+    """Raise ``CheckpointError`` if two presets differ in more than their name, and say in what.
+
+    Parameters
+    ----------
+    found : MelPreset
+        Of the weights.
+    wanted : MelPreset
+        Of the spectrograms they are to be used with.
+    what : str
+        Whose weights, for the message.
+
+    Examples
+    --------
+    >>> check_same_preset(PRESETS["hifigan-22k"], PRESETS["speech-16k"], what="vocoder")
+    Traceback (most recent call last):
+        ...
+    oral4.errors.CheckpointError: vocoder: made for hifigan-22k, not for speech-16k: rate 22050, not 16000; win ...
+    """
+    differing = [
+        f"{field.name} {getattr(found, field.name)}, not {getattr(wanted, field.name)}"
+        for field in fields(MelPreset)
+        if field.name != "name" and getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise CheckpointError(f"{what}: made for {found.name}, not for {wanted.name}: {'; '.join(differing)}")
 
 # %% ../../nbs/diffvc/01_audio.ipynb #5c432417
 def hz_to_mel(hz: np.ndarray | float) -> np.ndarray:
