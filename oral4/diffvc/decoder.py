@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ class DecoderConfig:
     @classmethod
     def mini(cls, condition: str = "wodyn", **settings: Any) -> DecoderConfig:
         """Return settings of the same network at a size for tests and pages."""
-        return cls(**{"num_mels": 40, "dim": 16, "g_dim": 16, "condition": condition, **settings})
+        return cls(**{"dim": 32, "g_dim": 32, "condition": condition, **settings})
 
 # %% ../../nbs/diffvc/04_decoder.ipynb #43ccac7b
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -228,9 +228,7 @@ def conv_with_constant(conv: nn.Conv2d, x: Tensor, constant: Tensor, mask: Tenso
         )
     kernel, folded = conv.weight[:, :channels], torch.einsum("okij,bk->boij", conv.weight[:, channels:], constant)
     if conv.kernel_size == (1, 1):
-        plain = F.conv2d(x, kernel)
-        shift = folded + conv.bias[:, None, None] if mask is None else folded * mask + conv.bias[:, None, None]
-        return plain + shift  # (B, D, 1, 1) or (B, D, 1, T) is added to all bands
+        return F.conv2d(x, kernel, conv.bias) + _masked(folded, mask)  # (B, D, 1, 1) or (B, D, 1, T), the same for all bands
     image = x.new_ones(batch, 1, 1, frames) if mask is None else mask
     image = image.expand(batch, 1, bands, frames)
     if batch == 1:
@@ -332,7 +330,7 @@ class LinearAttention(nn.Module):
         context = masked_softmax(k, seen) @ v.mT  # (B, H, D, D): a summary of all places
         weight = self.to_out.weight.flatten(1).unflatten(1, (self.heads, -1))  # (C, H, D)
         weight = torch.einsum("che,bhde->bchd", weight, context).flatten(2)  # (B, C, H D): summary and output in one
-        out = torch.baddbmm(self.to_out.bias[:, None], weight, q.flatten(1, 2))
+        out = torch.baddbmm(cast(Tensor, self.to_out.bias)[:, None], weight, q.flatten(1, 2))
         return out.unflatten(2, (bands, frames))
 
 
@@ -432,7 +430,7 @@ class SpeakerCondition(nn.Module):
     --------
     >>> speaker = SpeakerCondition(DecoderConfig.mini("d-only"))
     >>> speaker(torch.zeros(2, 256), torch.zeros(2)).shape
-    torch.Size([2, 16])
+    torch.Size([2, 32])
     """
 
     def __init__(self, config: DecoderConfig, time_mlp: nn.Module | None = None):
@@ -533,9 +531,9 @@ class ScoreUNet(nn.Module):
     Examples
     --------
     >>> network = ScoreUNet(DecoderConfig.mini())
-    >>> x, mask = torch.zeros(2, 40, 7), torch.ones(2, 1, 7)
-    >>> network(x, mask, x, torch.zeros(2, 16), torch.ones(2)).shape
-    torch.Size([2, 40, 7])
+    >>> x, mask = torch.zeros(2, 80, 7), torch.ones(2, 1, 7)
+    >>> network(x, mask, x, torch.zeros(2, 32), torch.ones(2)).shape
+    torch.Size([2, 80, 7])
     """
 
     def __init__(self, config: DecoderConfig):
@@ -601,10 +599,11 @@ class ScoreUNet(nn.Module):
             plane = F.pad(plane, (0, more))
             full = F.pad(plane.new_ones(len(x), 1, 1, frames) if full is None else full, (0, more))
         masks = [None if full is None else full[..., :: 2**level] for level in range(len(self.downs))]
-        seen = [None] * len(masks) if config.compat_padding else masks
+        seen: list[Tensor | None] = [None] * len(masks) if config.compat_padding else masks
 
         time = self.time_mlp(sinusoidal_embedding(t, config.dim))
-        skips, hidden, constant = [], plane, g
+        skips: list[Tensor] = []
+        hidden, constant = plane, g
         for level, (down, mask_here, seen_here) in enumerate(zip(self.downs, masks, seen, strict=True)):
             skip, hidden = down(hidden, time, mask_here, seen_here, constant if level == 0 else None)
             skips.append(skip)
@@ -628,10 +627,10 @@ class Decoder(nn.Module):
     Examples
     --------
     >>> decoder = Decoder(DecoderConfig.mini())
-    >>> y, x, voice, t = torch.zeros(2, 40, 9), torch.zeros(2, 40, 7), torch.zeros(2, 256), torch.ones(2)
+    >>> y, x, voice, t = torch.zeros(2, 80, 9), torch.zeros(2, 80, 7), torch.zeros(2, 256), torch.ones(2)
     >>> g = decoder.condition(voice, t, y, torch.ones(2, 1, 9))
     >>> decoder(x, torch.ones(2, 1, 7), x, g, t).shape
-    torch.Size([2, 40, 7])
+    torch.Size([2, 80, 7])
     """
 
     def __init__(self, config: DecoderConfig):

@@ -8,18 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from .. import errors
 from ..diffusion.sde import VP, LinearSDE, score_matching_loss
 from ..diffusion.solvers import sample, uniform_times
+from .audio import MelPreset, find_preset
+from .decoder import NUM_TRAJECTORY, Decoder, DecoderConfig, official_names
+from .encoder import AverageVoiceEncoder, EncoderConfig
+from .masks import check_mask
 
 # %% auto #0
-__all__ = ['NUM_TRAJECTORY', 'BATCH_KEYS', 'check_mel', 'evaluating', 'DiffVC', 'diffused_reference']
+__all__ = ['BATCH_KEYS', 'check_mel', 'evaluating', 'DiffVC', 'diffused_reference', 'build', 'load_official_state_dict']
 
 # %% ../../nbs/diffvc/05_model.ipynb #286b8e01
-NUM_TRAJECTORY = 15  # points of the trajectory that the condition "whole" looks at, section 3 of the paper
 _ELEMENTS_AT_ONCE = 1 << 20  # mel values of references that are conditioned in one batch: bounds the memory
 
 BATCH_KEYS = ("mel", "mask", "reference", "reference_mask", "voice")
@@ -46,19 +51,24 @@ def check_mel(name: str, mel: Tensor, mask: Tensor) -> None:
     >>> check_mel("mel", torch.zeros(1, 4, 3), torch.zeros(1, 1, 3))
     Traceback (most recent call last):
     ...
-    ValueError: mel: item 0 has an empty mask; every item needs at least one frame
+    ValueError: mel: item 0 of the batch is padding only: its mask has no 1; leave the item out
     """
     if mel.dim() != 3 or not mel.is_floating_point():
         raise ValueError(f"{name} is {mel.dtype} {tuple(mel.shape)}; give a float tensor (B, F, T)")
-    expected = (mel.shape[0], 1, mel.shape[2])
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)}; give {expected}, 1 for speech and 0 for padding")
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"the mask of {name} holds other values than 0 and 1; give 1 for speech and 0 for padding")
-    empty = (mask.sum(dim=(1, 2)) == 0).nonzero().flatten()
-    if mel.numel() == 0 or len(empty):
-        item = int(empty[0]) if len(empty) else 0
-        raise ValueError(f"{name}: item {item} has an empty mask; every item needs at least one frame")
+    try:
+        check_mask(mel, mask)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+class _Painter(Protocol):
+    """What the model asks of a decoder."""
+
+    needs_reference: str
+
+    def condition(self, voice: Tensor, t: Tensor, reference: Tensor | None, reference_mask: Tensor | None) -> Tensor: ...
+
+    def __call__(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor: ...
 
 
 @contextmanager
@@ -99,8 +109,8 @@ class DiffVC(nn.Module):
         ``"none"``, ``"point"`` (it sees ``Y_t``) or ``"trajectory"`` (it sees fifteen ``Y_s``).
     sde : LinearSDE
         The forward process; it reverts to the average voice.
-    preset : str
-        Name of the mel preset that the model is trained on, kept so that a wrong one can be refused.
+    preset : str or MelPreset
+        The mel spectrograms that the model is trained on, kept so that others can be refused.
     reference_noise : bool
         Whether the decoder sees the reference with noise, as the paper says, or only the mean of its
         diffused law, as the official code does.
@@ -126,18 +136,23 @@ class DiffVC(nn.Module):
         decoder: nn.Module,
         *,
         sde: LinearSDE | None = None,
-        preset: str = "hifigan-22k",
+        preset: str | MelPreset = "hifigan-22k",
         reference_noise: bool = False,
     ):
         super().__init__()
         needs = getattr(decoder, "needs_reference", None)
         if needs not in ("none", "point", "trajectory"):
             raise ValueError(f'decoder.needs_reference is {needs!r}; allowed are "none", "point" and "trajectory"')
+        find_preset(preset)
         self.encoder = encoder
         self.decoder = decoder
         self.sde = VP() if sde is None else sde
         self.preset = preset
         self.reference_noise = reference_noise
+
+    @property
+    def _painter(self) -> _Painter:
+        return cast(_Painter, self.decoder)
 
     @torch.no_grad()
     def average_voice(self, mel: Tensor, mask: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ class DiffVC(nn.Module):
         ValueError
             If a part of the batch is missing or has a wrong shape.
         """
-        needed = [key for key in BATCH_KEYS if self.decoder.needs_reference != "none" or not key.startswith("reference")]
+        needed = [key for key in BATCH_KEYS if self._painter.needs_reference != "none" or not key.startswith("reference")]
         missing = [key for key in needed if key not in batch]
         if missing:
             raise ValueError(f"the batch lacks {', '.join(missing)}; give {', '.join(needed)}")
@@ -208,10 +223,10 @@ class DiffVC(nn.Module):
 
         def score(x: Tensor, time: Tensor) -> Tensor:
             seen = self._seen(reference, reference_mask, reference_xbar, time, generator)
-            g = self.decoder.condition(voice, time, seen, reference_mask)
+            g = self._painter.condition(voice, time, seen, reference_mask)
             if speaker_dropout:
                 g = g * (_rand((len(g), 1), g, generator) >= speaker_dropout)
-            return self.decoder(x, mask, xbar, g, time)
+            return self._painter(x, mask, xbar, g, time)
 
         return score_matching_loss(score, mel, self.sde, t=t, xbar=xbar, mask=mask, noise=noise, generator=generator)
 
@@ -256,9 +271,11 @@ class DiffVC(nn.Module):
         for first in range(0, len(times), at_once):
             part = torch.tensor([float(t) for t in times[first : first + at_once]]).to(voice)
             t = part.repeat_interleave(items)  # (n * B,)
-            many = [None if x is None else x.repeat(len(part), 1, 1) for x in (reference, reference_mask, reference_xbar)]
-            seen = self._seen(*many, t, generator)
-            found.append(self.decoder.condition(voice.repeat(len(part), 1), t, seen, many[1]))
+            y, y_mask, ybar = (
+                None if x is None else x.repeat(len(part), 1, 1) for x in (reference, reference_mask, reference_xbar)
+            )
+            seen = self._seen(y, y_mask, ybar, t, generator)
+            found.append(self._painter.condition(voice.repeat(len(part), 1), t, seen, y_mask))
         return torch.cat(found).unflatten(0, (len(times), items))
 
     @torch.no_grad()
@@ -271,11 +288,11 @@ class DiffVC(nn.Module):
         reference_mask: Tensor | None,
         *,
         num_steps: int = 6,
-        solver: str | Callable[..., tuple[float, float, float]] = "ml",
+        solver: Any = "ml",
         seed: int = 0,
         temperature: float = 1.0,
         tau: float = 1.0,
-        data_var: str | Callable[[float], float] = "zero",
+        data_var: Any = "zero",
         guidance: float = 1.0,
         noise: Tensor | None = None,
         leak_source: bool = True,
@@ -370,9 +387,9 @@ class DiffVC(nn.Module):
             def score(x: Tensor, t: Tensor) -> Tensor:
                 g = _nearest(known, float(t[0]))
                 if guidance == 1:
-                    return self.decoder(x, mask, xbar, g, t)
+                    return self._painter(x, mask, xbar, g, t)
                 both = torch.cat([g, torch.zeros_like(g)])
-                with_speaker, without = self.decoder(
+                with_speaker, without = self._painter(
                     x.repeat(2, 1, 1), mask.repeat(2, 1, 1), xbar.repeat(2, 1, 1), both, t.repeat(2)
                 ).chunk(2)
                 return without + guidance * (with_speaker - without)
@@ -387,10 +404,10 @@ class DiffVC(nn.Module):
 
     def _reference_xbar(self, reference: Tensor | None, mask: Tensor | None, known: Tensor | None) -> Tensor | None:
         """Return the reference's average voice, or None if the decoder needs none; check what was given."""
-        if self.decoder.needs_reference == "none":
+        if self._painter.needs_reference == "none":
             return None
         if reference is None or mask is None:
-            raise ValueError(f"the decoder needs a reference ({self.decoder.needs_reference}); give its mel and its mask")
+            raise ValueError(f"the decoder needs a reference ({self._painter.needs_reference}); give its mel and its mask")
         check_mel("reference", reference, mask)
         return self.average_voice(reference, mask) if known is None else known
 
@@ -403,9 +420,9 @@ class DiffVC(nn.Module):
         generator: torch.Generator | None,
     ) -> Tensor | None:
         """Return what the decoder sees of the reference at the times t: nothing, (B, F, R) or (B, 15, F, R)."""
-        if self.decoder.needs_reference == "none" or reference is None or mask is None or xbar is None:
+        if self._painter.needs_reference == "none" or reference is None or mask is None or xbar is None:
             return None
-        if self.decoder.needs_reference == "point":
+        if self._painter.needs_reference == "point":
             return diffused_reference(reference, xbar, t, self.sde, self.reference_noise, generator) * mask
         points = (torch.arange(NUM_TRAJECTORY).to(t) + 0.5) / NUM_TRAJECTORY
         seen = [
@@ -475,3 +492,114 @@ def _nearest(known: Mapping[float, Tensor], t: float) -> Tensor:
     if abs(time - t) > 1e-6:
         raise ValueError(f"the solver asks for the score at t = {t}, which is not on the grid; give a solver that stays on it")
     return known[time]
+
+# %% ../../nbs/diffvc/05_model.ipynb #707a034a
+def build(
+    size: str = "paper", *, condition: str = "wodyn", compat_padding: bool = False, reference_noise: bool = False
+) -> DiffVC:
+    """Return an untrained model of a known size.
+
+    Parameters
+    ----------
+    size : {"paper", "mini"}
+        The official code's, at 22.05 kHz, or one for a laptop, at 16 kHz.
+    condition : {"d-only", "wodyn", "whole"}
+        What the decoder sees of the speaker.
+    compat_padding : bool
+        Let the decoder's norms count the padding, as the official code does.
+    reference_noise : bool
+        See `DiffVC`.
+
+    Returns
+    -------
+    DiffVC
+
+    Raises
+    ------
+    ValueError
+        If the size or the condition is unknown.
+
+    Examples
+    --------
+    >>> with torch.device("meta"):
+    ...     model = build("paper")
+    >>> sum(p.numel() for p in model.parameters())
+    126259128
+    """
+    sizes = {
+        "paper": (EncoderConfig.paper, DecoderConfig.paper, "hifigan-22k"),
+        "mini": (EncoderConfig.mini, DecoderConfig.mini, "speech-16k"),
+    }
+    if size not in sizes:
+        raise ValueError(f"size is {size!r}; choose one of {', '.join(sizes)}")
+    encoder, decoder, preset = sizes[size]
+    return DiffVC(
+        AverageVoiceEncoder(encoder()),
+        Decoder(decoder(condition, compat_padding=compat_padding)),
+        preset=preset,
+        reference_noise=reference_noise,
+    )
+
+
+def _official(model: nn.Module) -> dict[str, str]:
+    """Return the official name of every part of the model's state, under our name."""
+    if isinstance(model, Decoder):
+        return official_names(model.config)
+    if isinstance(model, AverageVoiceEncoder):  # has the official names
+        return {name: name for name in model.state_dict()}
+    if isinstance(model, DiffVC):
+        parts = {"encoder": _official(model.encoder), "decoder": _official(model.decoder)}
+        return {f"{part}.{ours}": f"{part}.{theirs}" for part, names in parts.items() for ours, theirs in names.items()}
+    raise TypeError(f"{type(model).__name__} has no official counterpart; give a DiffVC of build(), its encoder or decoder")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def load_official_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the weights of the official code into a model, or refuse them as a whole.
+
+    Parameters
+    ----------
+    model : DiffVC, Decoder or AverageVoiceEncoder
+        As `build` makes it. Weights are cast to its type.
+    state : mapping
+        The official module's ``state_dict()``, which is what the official checkpoints hold: of the whole model
+        (``vc.pt``), of its decoder, or of its encoder (``enc.pt``).
+
+    Raises
+    ------
+    TypeError
+        If the model has no official counterpart.
+    CheckpointError
+        If a weight is missing, unexpected or of another shape, or is not finite; the message names it, and nothing is
+        loaded. The official code loads what fits and says nothing of the rest.
+
+    Examples
+    --------
+    >>> model = build("mini")
+    >>> load_official_state_dict(model, {})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    oral4.errors.CheckpointError: the checkpoint does not fit; missing: encoder.encoder.init_proj.weight, ...
+    """
+    names, own = _official(model), model.state_dict()
+    known = set(names.values())
+    missing = [theirs for theirs in names.values() if theirs not in state]
+    unexpected = [name for name in state if name not in known]
+    wrong, broken = [], []
+    for ours, theirs in names.items():
+        if theirs in state:
+            if state[theirs].shape != own[ours].shape:
+                wrong.append(f"{theirs} has {tuple(state[theirs].shape)}, the model {tuple(own[ours].shape)}")
+            elif not bool(torch.isfinite(state[theirs]).all()):
+                broken.append(theirs)
+    faults = {"missing": missing, "unexpected": unexpected, "shape": wrong, "not finite": broken}
+    if any(faults.values()):
+        text = "; ".join(f"{fault}: {_listed(found)}" for fault, found in faults.items() if found)
+        hint = ""
+        if any("ref_block" in name for name in missing + unexpected):
+            hint = '; a checkpoint with estimator.ref_block is of condition="wodyn", one without of "d-only"'
+        raise errors.CheckpointError(f"the checkpoint does not fit; {text}{hint}")
+    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
