@@ -441,6 +441,8 @@ def masked_mse(predicted: Tensor, target: Tensor, mask: Tensor | None) -> Tensor
         raise ValueError(f"predicted is {tuple(predicted.shape)} and target {tuple(target.shape)}; give equal shapes")
     if mask is None:
         return F.mse_loss(predicted, target)
+    if mask.shape != (len(predicted), 1, predicted.shape[-1]):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; give (B, 1, T) = {(len(predicted), 1, predicted.shape[-1])}")
     total = mask.sum()
     if not total > 0:
         raise ValueError("the mask has no 1, so no frame is left to average over; leave the batch out")
@@ -496,5 +498,6 @@ class AverageVoiceEncoder(nn.Module):
         if mel.dim() != 3 or mel.shape[1] != self.config.num_mels:
             raise ValueError(f"mel has shape {tuple(mel.shape)}; give (B, {self.config.num_mels}, T)")
         padding = check_mask(mel, mask)
+        mel = mel if padding is None else mel.masked_fill(padding == 0, 0.0)  # whatever stands there, also a NaN
         average = self.encoder(mel, padding)
         return average if self.postnet is None else self.postnet(average, padding)

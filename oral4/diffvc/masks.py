@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
@@ -110,7 +109,7 @@ def masked_group_norm(
     x : Tensor, shape (B, C, T) or (B, C, F, T)
         Finite also at the padding, whose values do not matter otherwise.
     mask : Tensor, shape (B, 1, T) or (B, 1, 1, T), or None
-        1 for a frame, 0 for padding. None, or ones only on a CPU: `torch.nn.functional.group_norm` is called.
+        1 for a frame, 0 for padding. None, or ones only on a CPU: `torch.group_norm` is called.
     num_groups : int
         A divisor of C.
     weight, bias : Tensor, shape (C,), optional
@@ -131,7 +130,7 @@ def masked_group_norm(
     if x.shape[1] % num_groups:
         raise ValueError(f"{x.shape[1]} channels cannot be cut into {num_groups} groups; give a divisor of the channels")
     if mask is None or _nothing_padded(mask):
-        return F.group_norm(x, num_groups, weight, bias, eps)
+        return torch.group_norm(x, num_groups, weight, bias, eps)  # unlike functional.group_norm it allows one number
     frames = _frame_weights(x, mask)[:, None]  # (B, 1, T)
     groups = x.reshape(len(x), num_groups, -1, x.shape[-1])  # (B, G, C / G * F, T)
     count = groups.shape[2] * frames.sum(dim=-1, keepdim=True)[:, None].clamp(min=1)  # (B, 1, 1, 1)
