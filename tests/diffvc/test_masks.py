@@ -52,7 +52,7 @@ def cases(draw_from):
     return draw(shape, seed=draw_from(st.integers(0, 999))), torch.tensor(rows).double()[:, None], groups
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(cases(), st.booleans(), st.booleans())
 def test_group_norm_is_torchs_on_the_frames_alone(case, with_weight, with_bias):
     x, mask, groups = case
@@ -85,7 +85,7 @@ def test_group_norm_equals_its_reference_with_gradients(shape, groups):
     assert not torch.autograd.grad(masked_group_norm(*inputs[:1], mask, groups), x, upstream)[0][..., -1].any()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(2, 8, 2, 4), (2, 8, 4), (1, 8, 1, 2), (2, 8, 1)])
 def test_norms_pass_a_numerical_gradient_check(shape):
     mask = some_mask(shape)
     mask[0, :, -1] = 0 if shape[-1] > 1 else 1
@@ -149,7 +149,7 @@ def test_groups_must_divide_the_channels():
         masked_group_norm(draw((1, 8, 4)), torch.ones(1, 1, 4), 3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 999), st.sampled_from([-1, 1]))
 def test_softmax_equals_its_reference(batch, length, seed, dim):
     scores = draw((batch, length, length), offset=0, seed=seed) * 3
@@ -178,7 +178,7 @@ def test_softmax_has_finite_gradients_also_at_an_empty_row():
     assert torch.equal(masked_softmax(scores, None), scores.softmax(-1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(cases())
 def test_mean_is_the_mean_of_the_frames(case):
     x, mask, _ = case
