@@ -182,6 +182,13 @@ def run(
     save_record: Annotated[
         bool, typer.Option("--save-record", help="Keep it as the record that the book shows.")
     ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Your own corpus, for experiments with a setting data.", file_okay=False)
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Keep the trained weights in this file.")] = None,
+    save_weights: Annotated[
+        bool, typer.Option("--save-weights", help="Keep them as the weights that the library ships.")
+    ] = False,
     verify: Annotated[
         str | None, typer.Option(metavar="RECORD", help="Repeat one seed of a record, by name or file, and compare.")
     ] = None,
@@ -192,7 +199,7 @@ def run(
     metric differs by more than its tolerance.
     """
     if verify is not None:
-        if experiment or scale or changes or out or save_record:
+        if experiment or scale or changes or out or save_record or data or weights or save_weights:
             raise ValueError("--verify takes everything from the record; give it alone, or with --seed")
         raise typer.Exit(_verify(verify, seed))
     if not experiment:
@@ -200,10 +207,13 @@ def run(
     from oral4.measure.experiment import find_experiment, run_experiment
 
     overrides = dict(_split(change) for change in changes or [])
+    if data is not None:
+        overrides["data"] = str(data)
     target = _place(save_record, out, overrides)
-    record = run_experiment(
-        find_experiment(experiment), scale, seeds, overrides, first_seed=seed or 0, progress=_progress
-    )
+    found = find_experiment(experiment)
+    if save_weights:
+        weights = _shipped_weights(found.weights)
+    record = run_experiment(found, scale, seeds, overrides, first_seed=seed or 0, progress=_progress, weights=weights)
     width = max(len(metric) for metric in record.metrics)
     for metric in record.metrics:
         print(f"{metric:{width}}  {record[metric].text('.4g')}")
@@ -238,6 +248,16 @@ def _place(save_record: bool, out: Path | None, overrides: dict[str, str]) -> Pa
     if root is None:
         raise OralError("--save-record writes into a checkout of the repository, and this is none; use --out FILE")
     return root / "oral4" / "records"
+
+
+def _shipped_weights(name: str) -> Path:
+    """Return where the library keeps weights of this name; they are made in a checkout only."""
+    from oral4.measure.environment import checkout
+
+    root = checkout()
+    if root is None:
+        raise OralError("--save-weights writes into a checkout of the repository, and this is none; use --weights FILE")
+    return root / "oral4" / "weights" / f"{name or 'none'}.safetensors"
 
 
 def _verify(name: str, seed: int | None) -> int:

@@ -40,6 +40,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.resources import files
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from oral4 import settings
@@ -70,7 +72,7 @@ class Experiment:
     "One line for the list; a plain string in the source."
     config: type
     "Frozen dataclass with a classmethod for each scale it has: ``smoke``, ``mini``, ``gpu``, ``paper``."
-    run: Callable[[Any, int], Mapping[str, Any]]
+    run: Callable[..., Mapping[str, Any]]
     "``run(config, seed)`` does one seed and returns metric to number, or to a list of numbers."
     units: Mapping[str, str]
     'Every metric that ``run`` returns, with its unit; ``""`` for a pure number.'
@@ -81,6 +83,9 @@ class Experiment:
     origin: Mapping[str, str] = field(default_factory=dict)
     "Peer to where it comes from, for each program of others measured beside ours."
     notes: str = ""
+    weights: str = ""
+    """Name of the weights that it trains, below ``oral4/weights``. ``run`` then has a keyword ``weights``: the file to
+    write them to, or None."""
 
     def __post_init__(self) -> None:
         check_metrics(self.name, self.units, self.better, self.tolerance)
@@ -152,6 +157,7 @@ def run_experiment(
     *,
     first_seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    weights: str | PathLike[str] | None = None,
 ) -> Record:
     """Run an experiment once per seed and return the record of it.
 
@@ -168,16 +174,20 @@ def run_experiment(
     first_seed : int, at least 0
     progress : callable, optional
         Called with a line of text before each seed.
+    weights : path, optional
+        File for the weights that the first seed trains.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, or the run returns other metrics than the experiment declares.
+        If an argument is out of range, weights are asked of an experiment that trains none, or the run returns other metrics than the experiment declares.
     """
     if isinstance(experiment, str):
         experiment = find_experiment(experiment)
     if seeds < 1 or first_seed < 0:
         raise ValueError(f"seeds={seeds}, first seed {first_seed}; at least one seed, and none below 0")
+    if weights is not None and not experiment.weights:
+        raise ValueError(f"{experiment.name} trains no weights to keep; leave out --weights and --save-weights")
     scale = settings.scale(scale)
     config = experiment.configure(scale, overrides)
     stored = _as_json(config)  # now: what JSON cannot hold must not come to light at the end
@@ -188,7 +198,7 @@ def run_experiment(
     for seed in range(first_seed, first_seed + seeds):
         if progress is not None:
             progress(f"{experiment.name} at scale {scale}, seed {seed} ({len(outcomes) + 1} of {seeds})")
-        outcomes.append(_run_seed(experiment, config, seed))
+        outcomes.append(_run_seed(experiment, config, seed, weights if seed == first_seed else None))
     return Record(
         experiment=experiment.name,
         scale=scale,
@@ -284,9 +294,12 @@ def find_experiment(name: str) -> Experiment:
     raise OralError(f"{name} is written in {module.__name__} but missing from its EXPERIMENTS")
 
 
-def _run_seed(experiment: Experiment, config: Any, seed: int) -> dict[str, Value]:
+def _run_seed(
+    experiment: Experiment, config: Any, seed: int, weights: str | PathLike[str] | None = None
+) -> dict[str, Value]:
     """Return the values of one seed as plain numbers, after checking that they are the declared metrics."""
-    outcome = experiment.run(config, seed)
+    keep = {"weights": None if weights is None else Path(weights)} if experiment.weights else {}
+    outcome = experiment.run(config, seed, **keep)
     if set(outcome) != set(experiment.units):
         odd = ", ".join(sorted(set(outcome) ^ set(experiment.units)))
         raise ValueError(f"{experiment.name}: {odd} is only in what run() returns or only in units")

@@ -284,3 +284,20 @@ def test_an_unknown_experiment_lists_close_names():
 def test_every_experiment_runs_at_smoke(name):
     record = run_experiment(name, "smoke", seeds=1)
     assert record.scale == "smoke" and set(record.metrics) == set(find_experiment(name).units)
+
+
+def test_weights_are_written_by_the_first_seed_only(tmp_path):
+    asked = []
+
+    def train(config, seed, *, weights):
+        asked.append((seed, weights))
+        return {"loss": 1.0}
+
+    toy = Experiment(name="toy/train", summary="", config=ToyConfig, run=train, units={"loss": ""}, weights="toy")
+    run_experiment(toy, "mini", 2, first_seed=4, weights=tmp_path / "toy.safetensors")
+    assert asked == [(4, tmp_path / "toy.safetensors"), (5, None)]
+
+
+def test_weights_are_asked_only_of_what_trains_some(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"trains no weights to keep; leave out --weights"):
+        run_experiment(toy, "mini", 1, weights=tmp_path / "toy.safetensors")
