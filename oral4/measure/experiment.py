@@ -180,7 +180,8 @@ def run_experiment(
     Raises
     ------
     ValueError
-        If an argument is out of range, weights are asked of an experiment that trains none, or the run returns other metrics than the experiment declares.
+        If an argument is out of range, weights are asked of an experiment that trains none, or the run returns
+        other metrics than the experiment declares.
     """
     if isinstance(experiment, str):
         experiment = find_experiment(experiment)
