@@ -143,7 +143,7 @@ def _answer(network: Network, x: Tensor, t: Tensor, sde: LinearSDE) -> tuple[Ten
         raise ValueError(f"t={t.min().item():g}: a prediction gives a score for t > 0 only; at t = 0 there is no noise")
     a, std = _kernel(x, t, sde)  # refuses a time off the grid, before the network is asked
     given = network(x, (t.to(std.dtype) * sde.num_steps).round().long() - 1 if isinstance(sde, DiscreteVP) else t)
-    out: Tensor = given[0] if isinstance(given, tuple) else getattr(given, "sample", given)
+    out: Any = given[0] if isinstance(given, tuple) else getattr(given, "sample", given)
     if out.shape != x.shape:
         raise ValueError(
             f"the network returned shape {tuple(out.shape)} for x of shape {tuple(x.shape)}; if it predicts variances "
@@ -289,7 +289,7 @@ def clipped(
     >>> from oral4.diffusion.sde import VP
     >>> from oral4.diffusion.solvers import sample
     >>> wild = lambda x, t: 100 * x
-    >>> sample(clipped(wild, VP()), torch.ones(1, 2), VP(), 4, solver="ddim").tolist()
+    >>> sample(clipped(wild, VP()), torch.ones(1, 2), VP(), 4, solver="ddim").round(decimals=3).tolist()
     [[1.0, 1.0]]
     """
     if not limit > 0:
