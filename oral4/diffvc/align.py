@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, OralError, require
-from .audio import MelPreset, find_preset
+from .audio import MelPreset, find_preset, log_mel, resample
 
 # %% auto #0
-__all__ = ['PHONES', 'PhoneSpan', 'MissingProgram', 'espeak_voices', 'espeak_say', 'flite_say', 'frame_phones', 'read_textgrid']
+__all__ = ['PHONES', 'DIGITS', 'PhoneSpan', 'MissingProgram', 'espeak_voices', 'espeak_say', 'flite_say', 'frame_phones',
+           'read_textgrid', 'align_features', 'Chain', 'make_chain', 'viterbi_reference', 'viterbi', 'ViterbiAligner']
 
 # %% ../../nbs/diffvc/02_align.ipynb #35c01f63
 PHONES = tuple(
@@ -506,3 +507,406 @@ def read_textgrid(path: str | PathLike[str], tier: str = "phones", *, stress: bo
     if abs(end - reached) > _ROUNDING_S:
         raise DataError(f"{path}: tier {tier!r} ends at {end} s and its last interval at {reached} s; fill the gap with silence")
     return spans
+
+# %% ../../nbs/diffvc/02_align.ipynb #781bd659
+def align_features(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Return cepstra and their slopes every 5 ms, what `ViterbiAligner` likes to listen to.
+
+    A window of 20 ms; 13 coefficients of the cosine transform of the log-mel spectrogram, freed from their mean over the
+    sound, and their slopes over two frames to each side.
+
+    Parameters
+    ----------
+    wave : array, shape (L,)
+        In [-1, 1].
+    rate : int
+        Samples a second. From 16 kHz on everything up to 8 kHz is used, below it everything up to 4 kHz.
+
+    Returns
+    -------
+    array, shape (26, T), float32
+        ``T = L // (rate / 200)``, up to resampling.
+    """
+    band = 16_000 if rate >= 16_000 else 8_000
+    wave = np.asarray(wave, dtype=np.float32)
+    preset = _LISTENING[band]
+    mel = log_mel(wave if rate == band else resample(wave, rate, band), preset).double().numpy()  # (F, T)
+    angles = np.arange(13)[:, None] * (np.arange(preset.num_mels) + 0.5) * np.pi / preset.num_mels
+    cepstra = np.cos(angles) @ mel * (2 / preset.num_mels)
+    padded = np.pad(cepstra, ((0, 0), (2, 2)), mode="edge")
+    slopes = (padded[:, 3:-1] - padded[:, 1:-3] + 2 * (padded[:, 4:] - padded[:, :-4])) / 10
+    return np.concatenate([cepstra - cepstra.mean(axis=1, keepdims=True), slopes]).astype(np.float32)
+
+
+_LISTENING = {
+    16_000: MelPreset(name="listening-16k", rate=16_000, n_fft=512, win=320, hop=80, num_mels=26, fmax=8000.0),
+    8_000: MelPreset(name="listening-8k", rate=8_000, n_fft=256, win=160, hop=40, num_mels=20, fmax=4000.0),
+}
+
+# %% ../../nbs/diffvc/02_align.ipynb #fa28cdf3
+DIGITS = {
+    "zero": ("Z", "IH", "R", "OW"), "one": ("W", "AH", "N"), "two": ("T", "UW"), "three": ("TH", "R", "IY"),
+    "four": ("F", "AO", "R"), "five": ("F", "AY", "V"), "six": ("S", "IH", "K", "S"), "seven": ("S", "EH", "V", "AH", "N"),
+    "eight": ("EY", "T"), "nine": ("N", "AY", "N"),
+}  # fmt: skip
+"""How the ten digits are said, in the classes of `PHONES`: nineteen phones in all."""
+
+# %% ../../nbs/diffvc/02_align.ipynb #89ccff65
+@dataclass(frozen=True)
+class Chain:
+    """The states that an utterance has to go through, from left to right."""
+
+    states: np.ndarray
+    """Which emission each place of the chain has, (N,)."""
+    places: np.ndarray
+    """Which phone of the transcript each place belongs to, (N,)."""
+    jump: np.ndarray
+    """From where else a place may be entered, because what lies between may be left out; -1 for nowhere, (N,)."""
+    starts: tuple[int, ...]
+    """Places where a path may begin."""
+    ends: tuple[int, ...]
+    """Places where a path may end."""
+
+    def __len__(self) -> int:
+        """Return the number of places, N."""
+        return len(self.states)
+
+
+def make_chain(phones: Sequence[str], first_state: Mapping[str, int], num_states: int = 3) -> Chain:
+    """Return the chain of a transcript: ``num_states`` places a phone, silences may be left out.
+
+    Parameters
+    ----------
+    phones : sequence of str
+        With ``"sil"`` wherever a silence is possible. One is added at either end.
+    first_state : mapping of str to int
+        The number of the first emission of each phone.
+    num_states : int
+
+    Examples
+    --------
+    >>> chain = make_chain(["AA", "sil", "S"], {"sil": 0, "AA": 2, "S": 4}, num_states=2)
+    >>> chain.states.tolist(), chain.jump.tolist()
+    ([0, 1, 2, 3, 0, 1, 4, 5, 0, 1], [-1, -1, -1, -1, -1, -1, 3, -1, -1, -1])
+    """
+    row = ["sil"]
+    for phone in [*phones, "sil"]:
+        if not phone == row[-1] == "sil":
+            row.append(phone)
+    states = np.concatenate([first_state[phone] + np.arange(num_states) for phone in row])
+    jump = np.full(len(states), -1)
+    for place, phone in enumerate(row[1:-2], start=1):
+        if phone == "sil":
+            jump[(place + 1) * num_states] = place * num_states - 1
+    ends = (len(states) - 1, len(states) - 1 - num_states)
+    return Chain(states, np.repeat(np.arange(len(row)), num_states), jump, (0, num_states), ends)
+
+# %% ../../nbs/diffvc/02_align.ipynb #28cd573e
+def viterbi_reference(scores: np.ndarray, chain: Chain, stay: np.ndarray, leave: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the best path through a chain and its score, one place and one frame after the other.
+
+    Parameters
+    ----------
+    scores : array, shape (T, N)
+        Log-likelihood of each frame at each place.
+    chain : Chain, of N places
+    stay, leave : array, shape (N,)
+        Log-probability of staying at a place, and of going on from it.
+
+    Returns
+    -------
+    path : array, shape (T,), int
+        The place of every frame.
+    score : float
+        The sum along it; -inf if no path has T frames.
+    """
+    num_frames, num_places = scores.shape
+    best = np.full((num_frames, num_places), -np.inf)
+    came_from = np.zeros((num_frames, num_places), dtype=int)
+    best[0, list(chain.starts)] = scores[0, list(chain.starts)]
+    for t in range(1, num_frames):
+        for n in range(num_places):
+            options = [(best[t - 1, n] + stay[n], n)]
+            options += [(best[t - 1, m] + leave[m], m) for m in (n - 1, chain.jump[n]) if m >= 0]
+            value, came_from[t, n] = max(options, key=lambda option: option[0])  # the first of those that tie
+            best[t, n] = value + scores[t, n]
+    place = max(chain.ends, key=lambda n: best[-1, n])
+    score, path = float(best[-1, place]), [place]
+    for t in range(num_frames - 1, 0, -1):
+        path.append(came_from[t, path[-1]])
+    return np.array(path[::-1]), score
+
+# %% ../../nbs/diffvc/02_align.ipynb #0dca4149
+def viterbi(
+    scores: Sequence[np.ndarray], chains: Sequence[Chain], stay: Sequence[np.ndarray], leave: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, float]]:
+    """Return the best path and its score for many utterances at once; each as `viterbi_reference` has it.
+
+    Parameters
+    ----------
+    scores, chains, stay, leave
+        One of each for every utterance, as in `viterbi_reference`.
+
+    Returns
+    -------
+    list of (path, score)
+    """
+    order = sorted(range(len(scores)), key=lambda index: -len(scores[index]))  # the longest first: those still running lie together
+    scores, chains = [scores[index] for index in order], [chains[index] for index in order]
+    stay, leave = [stay[index] for index in order], [leave[index] for index in order]
+    lengths = np.array([len(score) for score in scores])
+    size, width, longest = len(scores), max(map(len, chains)), int(lengths[0])
+    rows, kind = np.arange(size), scores[0].dtype
+    emitted = np.full((longest, size, width), -np.inf, dtype=kind)
+    staying, leaving = np.full((2, size, width), -np.inf, dtype=kind)
+    jump = np.full((size, width), -1)
+    best = np.full((size, width), -np.inf, dtype=kind)
+    for row, (score, chain) in enumerate(zip(scores, chains, strict=True)):
+        emitted[: len(score), row, : len(chain)] = score
+        staying[row, : len(chain)], leaving[row, : len(chain)], jump[row, : len(chain)] = stay[row], leave[row], chain.jump
+        best[row, list(chain.starts)] = score[0, list(chain.starts)]
+    choice = np.zeros((longest, size, width), dtype=np.int8)  # 0 stay, 1 from the left, 2 jump
+    jump_rows, jump_places = np.nonzero(jump >= 0)
+    running = [int((lengths > t).sum()) for t in range(longest)]
+    num_jumps = [int(np.searchsorted(jump_rows, count)) for count in running]
+    for t in range(1, longest):
+        count, few = running[t], num_jumps[t]
+        now, picked = best[:count], choice[t, :count]  # views; a row that has ended keeps its last values
+        going = now + leaving[:count]
+        now += staying[:count]
+        np.greater(going[:, :-1], now[:, 1:], out=picked[:, 1:], casting="unsafe")
+        np.maximum(going[:, :-1], now[:, 1:], out=now[:, 1:])
+        if few:
+            where = (jump_rows[:few], jump_places[:few])
+            jumped, reached = going[where[0], jump[where]], now[where]
+            picked[where] = np.where(jumped > reached, 2, picked[where])
+            now[where] = np.maximum(jumped, reached)
+        now += emitted[t, :count]
+    place = np.array([chain.ends[int(best[row, list(chain.ends)].argmax())] for row, chain in enumerate(chains)])
+    totals = best[rows, place]
+    paths = np.zeros((longest, size), dtype=int)
+    for t in range(longest - 1, -1, -1):
+        count = running[t]
+        here = place[:count]
+        paths[t, :count] = here
+        step = choice[t, rows[:count], here]
+        if t:
+            place[:count] = np.where(step == 0, here, np.where(step == 1, here - 1, jump[rows[:count], here]))
+    found = {index: (paths[:length, row].copy(), float(totals[row])) for row, (index, length) in enumerate(zip(order, lengths, strict=True))}
+    return [found[index] for index in range(size)]
+
+# %% ../../nbs/diffvc/02_align.ipynb #68c2870e
+class ViterbiAligner:
+    """A model that finds the phones of a recording from their order: one small chain of Gaussians for each phone.
+
+    It needs no alignments to learn from. First all phones of an utterance get the same time. Then the Gaussians are
+    fitted to that, the best paths are found under them, and so on in turns. This is Viterbi training of monophone
+    hidden Markov models.
+
+    Parameters
+    ----------
+    num_states : int
+        Gaussians in a row for each phone. A phone lasts at least as many frames.
+    num_rounds : int
+        Rounds of fitting and finding.
+    num_mixtures : int
+        Gaussians that share a state at the end. They are split, two for one, as the rounds go by.
+    frame_s : float
+        Time from one frame of the features to the next in seconds; 5 ms is that of `align_features`.
+    """
+
+    def __init__(self, *, num_states: int = 3, num_rounds: int = 10, num_mixtures: int = 1, frame_s: float = 0.005):
+        for name, value in (("num_states", num_states), ("num_rounds", num_rounds), ("num_mixtures", num_mixtures)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: a whole number from 1 on is needed")
+        if num_mixtures & (num_mixtures - 1):
+            raise ValueError(f"num_mixtures={num_mixtures}: a power of two is needed, since Gaussians are split two for one")
+        if not frame_s > 0:
+            raise ValueError(f"frame_s={frame_s!r}: seconds from one frame to the next are needed, such as 0.005")
+        self.num_states, self.num_rounds, self.num_mixtures, self.frame_s = num_states, num_rounds, num_mixtures, frame_s
+        self.first_state: dict[str, int] = {}
+        self._means: np.ndarray = np.zeros((0, 1, 0))  # (states, mixtures, D)
+        self._variances: np.ndarray = self._means
+        self._log_weights: np.ndarray = np.zeros((0, 1))
+        self._log_stay: np.ndarray = np.zeros(0)
+
+    def fit(self, features: Sequence[np.ndarray], transcripts: Sequence[Sequence[str]]) -> ViterbiAligner:
+        """Learn from recordings and the order of their phones.
+
+        Parameters
+        ----------
+        features : sequence of arrays, each of shape (D, T)
+        transcripts : sequence of sequences of str
+            The phones of each recording, with ``"sil"`` wherever there may be a silence. At the ends there always may.
+
+        Returns
+        -------
+        ViterbiAligner
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            If the numbers of features and transcripts differ, there are none, or a transcript is without a phone.
+        DataError
+            If features hold NaN, or a recording is too short for its phones.
+        """
+        if len(features) != len(transcripts) or not len(features):
+            raise ValueError(f"{len(features)} recordings and {len(transcripts)} transcripts; one transcript each is needed")
+        phones = ["sil", *sorted({phone for transcript in transcripts for phone in transcript} - {"sil"})]
+        known = {phone: index * self.num_states for index, phone in enumerate(phones)}
+        rows, chains = self._checked(features, transcripts, known, len(np.atleast_2d(features[0])))
+        self.first_state, self._means = known, np.zeros((0, 1, rows[0].shape[1]))
+        everything = np.concatenate(rows)
+        floor = 0.01 * everything.var(axis=0) + 1e-6  # a state that hears few frames must not become a needle
+        paths = [_equal_shares(len(row), chain) for row, chain in zip(rows, chains, strict=True)]
+        splits = {self.num_rounds * (k + 1) // (self.num_mixtures.bit_length() + 1) for k in range(self.num_mixtures.bit_length() - 1)}
+        mixtures = 1
+        for round_index in range(self.num_rounds):
+            if round_index in splits:
+                mixtures *= 2
+            states = np.concatenate([chain.states[path] for chain, path in zip(chains, paths, strict=True)])
+            self._estimate(everything, states, floor, mixtures)
+            self._count_moves(chains, paths)
+            paths = [path for path, _ in self._best_paths(rows, chains)]
+        return self
+
+    def align(self, feature: np.ndarray, phones: Sequence[str]) -> list[PhoneSpan]:
+        """Return the spans of one recording; see `align_all`."""
+        return self.align_all([feature], [phones])[0]
+
+    def align_all(self, features: Sequence[np.ndarray], transcripts: Sequence[Sequence[str]]) -> list[list[PhoneSpan]]:
+        """Return the spans of every recording, without gaps; silences only where some were found.
+
+        Parameters
+        ----------
+        features, transcripts
+            As in `fit`, which may have seen others.
+
+        Raises
+        ------
+        ValueError
+            If `fit` has not been called, or a phone is not among those that it has seen.
+        DataError
+            If features hold NaN, or a recording is too short for its phones.
+        """
+        rows, chains = self._checked(features, transcripts, self.first_state, self._means.shape[2])
+        names = {state: phone for phone, state in self.first_state.items()}
+        found = []
+        for (path, _), chain in zip(self._best_paths(rows, chains), chains, strict=True):
+            place = chain.places[path]
+            edges = [0, *(np.flatnonzero(np.diff(place)) + 1).tolist(), len(path)]
+            phones = [names[chain.states[path[edge]] // self.num_states * self.num_states] for edge in edges[:-1]]
+            found.append([PhoneSpan(a * self.frame_s, b * self.frame_s, p) for a, b, p in zip(edges, edges[1:], phones, strict=False)])
+        return found
+
+    def score(self, feature: np.ndarray, phones: Sequence[str]) -> float:
+        """Return the log-likelihood of a recording along its best path, a frame; of two transcripts the higher one fits."""
+        rows, chains = self._checked([feature], [phones], self.first_state, self._means.shape[2])
+        return self._best_paths(rows, chains)[0][1] / len(rows[0])
+
+    def _checked(
+        self,
+        features: Sequence[np.ndarray],
+        transcripts: Sequence[Sequence[str]],
+        first_state: Mapping[str, int],
+        width: int,
+    ) -> tuple[list[np.ndarray], list[Chain]]:
+        """Return the frames (T, D) and the chain of every recording."""
+        if not first_state:
+            raise ValueError("this aligner knows no phones yet; call fit(features, transcripts) first")
+        if len(features) != len(transcripts):
+            raise ValueError(f"{len(features)} recordings and {len(transcripts)} transcripts; one transcript each is needed")
+        rows, chains = [], []
+        for index, (feature, transcript) in enumerate(zip(features, transcripts, strict=True)):
+            row = np.asarray(feature, dtype=np.float32).T
+            if row.ndim != 2 or row.shape[1] != width:
+                raise ValueError(f"features {index} have shape {np.shape(feature)}; ({width}, T) is needed")
+            if not np.isfinite(row).all():
+                raise DataError(f"features {index} hold NaN or infinity; compute them with align_features")
+            if isinstance(transcript, str) or not any(phone != "sil" for phone in transcript):
+                raise ValueError(f"transcript {index} is {transcript!r}; a sequence of phones is needed, such as ['W', 'AH', 'N']")
+            unknown = sorted(set(transcript) - set(first_state))
+            if unknown:
+                raise ValueError(f"transcript {index} has the phone {unknown[0]!r}; this aligner has heard {', '.join(first_state)}")
+            least = self.num_states * sum(phone != "sil" for phone in transcript)
+            if len(row) < least:
+                raise DataError(
+                    f"recording {index} has {len(row)} frames and its {len(transcript)} phones take {least} at least; "
+                    "is the transcript that of the recording?"
+                )
+            rows.append(np.ascontiguousarray(row))
+            chains.append(make_chain(transcript, first_state, self.num_states))
+        return rows, chains
+
+    def _estimate(self, frames: np.ndarray, states: np.ndarray, floor: np.ndarray, mixtures: int) -> None:
+        """Fit the Gaussians of every state to the frames that are now its own."""
+        num_states = len(self.first_state) * self.num_states
+        old_means, old_variances = self._means, self._variances
+        if len(old_means) and old_means.shape[1] < mixtures:  # split along the spread
+            shift = 0.5 * np.sqrt(old_variances)
+            old_means = np.concatenate([old_means - shift, old_means + shift], axis=1)
+        overall_mean, overall_variance = frames.mean(axis=0), frames.var(axis=0)
+        means = np.tile(overall_mean, (num_states, mixtures, 1)).astype(np.float64)
+        variances = np.tile(overall_variance, (num_states, mixtures, 1)).astype(np.float64)
+        weights = np.full((num_states, mixtures), 1 / mixtures)
+        order = np.argsort(states, kind="stable")
+        edges = np.searchsorted(states[order], np.arange(num_states + 1))
+        for state in range(num_states):
+            own = frames[order[edges[state] : edges[state + 1]]].astype(np.float64)
+            if not len(own):
+                if len(old_means):  # a silence that nobody makes: as it was
+                    means[state], variances[state] = old_means[state], np.maximum(floor, overall_variance)
+                continue
+            part = np.zeros(len(own), dtype=int)
+            if mixtures > 1:
+                distance = ((own[:, None] - old_means[state]) ** 2 / np.maximum(own.var(axis=0), floor)).sum(axis=2)
+                part = distance.argmin(axis=1)
+            for m in range(mixtures):
+                mine = own[part == m]
+                mine = mine if len(mine) > 4 else own
+                means[state, m], variances[state, m] = mine.mean(axis=0), np.maximum(mine.var(axis=0), floor)
+                weights[state, m] = max(1, (part == m).sum())
+            weights[state] /= weights[state].sum()
+        self._means, self._variances, self._log_weights = means, variances, np.log(weights)
+
+    def _count_moves(self, chains: Sequence[Chain], paths: Sequence[np.ndarray]) -> None:
+        """Fit the probability of staying in each state."""
+        size = len(self._means)
+        all_states = [chain.states[path] for chain, path in zip(chains, paths, strict=True)]
+        entered = [states[np.flatnonzero(np.diff(path, prepend=-1))] for states, path in zip(all_states, paths, strict=True)]
+        frames = np.bincount(np.concatenate(all_states), minlength=size) + 1.0
+        visits = np.bincount(np.concatenate(entered), minlength=size) + 0.5
+        self._log_stay = np.log1p(-visits / frames)
+
+    def _log_likelihood(self, row: np.ndarray) -> np.ndarray:
+        """Return the log-likelihood of each frame in each state, (T, S)."""
+        precision = (1 / self._variances).reshape(-1, row.shape[1])
+        means = self._means.reshape(-1, row.shape[1])
+        constant = self._log_weights.ravel() - 0.5 * (np.log(2 * np.pi / precision) + means**2 * precision).sum(axis=1)
+        scores = constant + row @ (means * precision).T - 0.5 * row**2 @ precision.T
+        parts = scores.reshape(len(row), *self._log_weights.shape)  # (T, S, M)
+        top = parts.max(axis=2)
+        return (top + np.log(np.exp(parts - top[..., None]).sum(axis=2))).astype(np.float32) if parts.shape[2] > 1 else parts[..., 0].astype(np.float32)
+
+    def _best_paths(self, rows: Sequence[np.ndarray], chains: Sequence[Chain]) -> list[tuple[np.ndarray, float]]:
+        """Return the best path of every recording; those of like length are searched together."""
+        log_leave = np.log(-np.expm1(self._log_stay))
+        found: dict[int, tuple[np.ndarray, float]] = {}
+        batch: list[int] = []
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        for position, index in enumerate(order):
+            batch.append(index)
+            cells = len(rows[batch[0]]) * max(len(chains[i]) for i in batch) * len(batch)
+            if cells > 12_000_000 or position == len(order) - 1:
+                scores = [self._log_likelihood(rows[i])[:, chains[i].states] for i in batch]
+                stay = [self._log_stay[chains[i].states] for i in batch]
+                leave = [log_leave[chains[i].states] for i in batch]
+                found.update(zip(batch, viterbi(scores, [chains[i] for i in batch], stay, leave), strict=True))
+                batch = []
+        return [found[index] for index in range(len(rows))]
+
+
+def _equal_shares(num_frames: int, chain: Chain) -> np.ndarray:
+    """Return a path that gives every place of the chain the same time."""
+    return np.arange(num_frames) * len(chain) // num_frames
