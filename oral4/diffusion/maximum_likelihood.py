@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -29,6 +30,9 @@ DataVar: TypeAlias = float | Callable[[float], float]
 
 def _interval(t: float, s: float) -> tuple[float, float]:
     """Return t and s as floats with 0 <= s < t <= 1; rounding of a grid, as in 1 - 9 * 0.1 - 0.1, is put right."""
+    for time in (t, s):
+        if not isinstance(time, numbers.Real | Tensor):
+            raise TypeError(f"a time is a {type(time).__name__}; give a number in [0, 1]")
     t, s = float(t), float(s)
     start = 0.0 if -1e-9 <= s < 0 else s
     end = 1.0 if 1 < t <= 1 + 1e-9 else t
@@ -42,7 +46,7 @@ def _data_variance(data_var: DataVar, t: float) -> float:
     """Return the value of ``data_var`` at t, checked."""
     value = float(data_var(t) if callable(data_var) else data_var)
     if not 0 <= value < math.inf:
-        raise ValueError(f"data_var = {value:g} at t = {t:g}; a mean variance is finite and at least 0, 0 drops the term")
+        raise ValueError(f"data_var = {value:g} at t = {t:g}; a mean variance is finite and >= 0 (0 drops the term)")
     return value
 
 
@@ -124,7 +128,7 @@ def ml_step(sde: LinearSDE, t: float, s: float, data_var: DataVar = 0.0) -> tupl
 def _check_times(times: Sequence[float]) -> list[tuple[float, float]]:
     """Return the steps (t, s) of a decreasing grid."""
     if isinstance(times, int) or len(times) < 2:
-        raise ValueError(f"times = {times!r}: give a decreasing grid of at least two times, for example [1.0, 0.5, 0.0]")
+        raise ValueError(f"times = {times!r}: give a decreasing grid of two times or more, for example [1.0, 0.5, 0.0]")
     return [_interval(t, s) for t, s in pairwise(times)]
 
 
@@ -140,7 +144,7 @@ def forward_paths(
     sde : LinearSDE
     times : sequence of N + 1 floats, decreasing, in [0, 1]
     generator : torch.Generator, optional
-        On the CPU; the noise is drawn there, in float32 at least, whatever the device.
+        Source of the noise; drawn on its device (the CPU if left out), then moved.
 
     Returns
     -------
@@ -159,9 +163,10 @@ def forward_paths(
     """
     steps = _check_times(times)
     dtype = torch.promote_types(x0.dtype, torch.float32)
+    source = generator.device if generator is not None else "cpu"
 
     def noise() -> Tensor:
-        return torch.randn(x0.shape, generator=generator, dtype=dtype).to(x0.device)
+        return torch.randn(x0.shape, generator=generator, dtype=dtype, device=source).to(x0.device)
 
     last = steps[-1][1]
     path = [sde.a(last) * x0.to(dtype) + math.sqrt(sde.v(last)) * noise()]
@@ -221,6 +226,11 @@ def path_log_likelihood(
     return total
 
 
+def _double(x: Tensor) -> Tensor:
+    """Return ``x`` in float64 on the CPU."""
+    return x.detach().cpu().double()
+
+
 def fit_step(x_t: Tensor, score_value: Tensor, x_s: Tensor) -> tuple[float, float, float]:
     """Return the ``(A, D, S)`` that makes samples of one step most likely: least squares, then the mean residual.
 
@@ -251,9 +261,10 @@ def fit_step(x_t: Tensor, score_value: Tensor, x_s: Tensor) -> tuple[float, floa
     (3.0, 2.0, 0.0)
     """
     if not x_t.shape == score_value.shape == x_s.shape:
-        raise ValueError(f"shapes {tuple(x_t.shape)}, {tuple(score_value.shape)}, {tuple(x_s.shape)}: give three equal ones")
-    design = torch.stack([x_t.double().flatten(), score_value.double().flatten()], dim=1)  # (B n, 2)
-    target = x_s.double().flatten()
+        shapes = [tuple(x.shape) for x in (x_t, score_value, x_s)]
+        raise ValueError(f"x_t, score_value and x_s have the shapes {shapes}; give three equal ones")
+    design = torch.stack([_double(x_t).flatten(), _double(score_value).flatten()], dim=1)  # (B n, 2)
+    target = _double(x_s).flatten()
     if not bool(design.isfinite().all() and target.isfinite().all()):
         raise ValueError("fit_step: a sample or a score is not finite")
     size = design.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
@@ -302,8 +313,8 @@ def ml_coefficients(sde: LinearSDE, t: float, s: float, data_var: DataVar = 0.0)
     Returns
     -------
     tuple of float
-        For VP, SubVP and VE without cancellation: 13 digits or more of kappa and omega for steps down to 1e-6, as far
-        as h itself is known. For other processes the absolute error of h g^2 kappa and h g^2 omega is a few 1e-16.
+        For VP, SubVP and VE kappa and omega are right to 13 digits of their larger term, however small the step. For
+        other processes ``h g^2 omega`` and ``h g^2 kappa`` have an absolute error of a few 1e-16.
 
     Raises
     ------
@@ -440,7 +451,7 @@ def gaussian_kl(mean: Any, var: Any, mean2: Any, var2: Any) -> float:
     Raises
     ------
     ValueError
-        If a variance is negative or not a number, or the second is 0.
+        If a variance is negative, the second is 0, or a value is not finite.
 
     Examples
     --------
@@ -452,6 +463,8 @@ def gaussian_kl(mean: Any, var: Any, mean2: Any, var2: Any) -> float:
     first_mean, first, second_mean, second = (torch.as_tensor(v, dtype=torch.float64) for v in (mean, var, mean2, var2))
     if not bool((first >= 0).all() and (second > 0).all()):
         raise ValueError(f"variances var = {var}, var2 = {var2}: give var >= 0 and var2 > 0")
+    if not all(bool(value.isfinite().all()) for value in (first_mean, first, second_mean, second)):
+        raise ValueError("a mean or a variance is not finite: a sampler that diverged has no law to compare")
     excess = (first - second) / second
     # x - log(1 + x), and what the means add
     each = excess - torch.log1p(excess) + (first_mean - second_mean) ** 2 / second
@@ -504,12 +517,12 @@ def estimate_data_var(
         raise ValueError(f"t = {t:g}: give 0 < t <= 1; at t = 0 nothing is left to estimate")
     if not at_most >= 0:
         raise ValueError(f"at_most = {at_most:g}: a variance is at least 0")
-    values = score_value.detach()
+    values = score_value
     if mask is not None:
         values = values[(mask != 0).expand_as(values)]
     if values.numel() == 0:
         raise ValueError("no entry of the score counts: the batch is empty or the mask is 0 everywhere")
-    mean_square = float(values.double().square().mean())
+    mean_square = float(_double(values).square().mean())
     if not math.isfinite(mean_square):
         raise ValueError(f"the score at t = {t:g} holds NaN or infinity")
     variance = sde.v(t)
