@@ -20,6 +20,7 @@ from oral4.diffvc.audio import PRESETS, load_audio, resample
 from oral4.errors import DataError
 
 __all__ = [
+    "DIGIT_SPEAKERS",
     "DIGIT_WORDS",
     "HELD_OUT_DIGITS",
     "HELD_OUT_ESPEAK",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+DIGIT_SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+"""The people of FSDD."""
 
 HELD_OUT_DIGITS = ("theo", "yweweler")
 """Speakers of FSDD that no training of ours hears."""

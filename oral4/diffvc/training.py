@@ -28,6 +28,8 @@ from oral4.diffvc.model import DiffVC
 from oral4.train import FitResult, TrainConfig, fit
 
 __all__ = [
+    "ESPEAK_VOICES",
+    "FLITE_VOICES",
     "Item",
     "aligned_speech",
     "digit_accuracy",
@@ -36,12 +38,19 @@ __all__ = [
     "frame_accuracy",
     "free_align",
     "items_of",
+    "label",
     "phone_table",
     "real_speech",
+    "score_batch",
+    "score_error",
+    "set_scale",
+    "spell",
     "spread_of",
     "train_content",
     "train_score",
     "train_voice",
+    "with_embeddings",
+    "with_posteriors",
 ]
 
 FLOOR = math.log(1e-5)
@@ -91,7 +100,11 @@ ESPEAK_VOICES = (
     "ian", "iven", "john", "linda", "marcelo", "max", "michel", "miguel", "norbert", "paul", "pedro", "quincy", "rob",
     "sandro", "shelby", "steph", "travis", "victor", "zac",
 )  # fmt: skip
-"""Variants to train on: neither whispers nor robots, and none of ``corpus.HELD_OUT_ESPEAK``."""
+"""Variants of espeak-ng to train on: neither whispers nor robots, and none of ``corpus.HELD_OUT_ESPEAK``."""
+
+
+FLITE_VOICES = ("slt", "rms", "awb", "kal16")
+"""Voices of flite that were built from the speech of one person each."""
 
 
 def aligned_speech(
@@ -103,8 +116,10 @@ def aligned_speech(
         texts = [*corpus.SENTENCES[index % 4 :: 4][: espeak_texts // 2]]
         texts += corpus.word_salad(espeak_texts - len(texts), seed=1000 * seed + index)
         items += items_of(corpus.espeak_speech([voice], texts, seed=seed))
+    if not flite_texts:
+        return items
     texts = [*corpus.SENTENCES, *corpus.word_salad(max(0, flite_texts - len(corpus.SENTENCES)), seed=seed + 7)]
-    for utterance in corpus.flite_speech(("slt", "rms", "awb", "kal16"), texts[:flite_texts]):
+    for utterance in corpus.flite_speech(FLITE_VOICES, texts[:flite_texts]):
         for factor in (0.9, 1.0, 1.12):
             items += items_of([corpus.change_speed(utterance, factor)])
     return items
@@ -113,7 +128,7 @@ def aligned_speech(
 def real_speech(*, factors: Sequence[float] = (0.9, 1.0, 1.12), takes: int = 50) -> list[Item]:
     """Return real speech to train on: 251 readers, and strings of digits by four people; at three speeds."""
     items = []
-    heard = [name for name in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler") if name not in corpus.HELD_OUT_DIGITS]
+    heard = [name for name in corpus.DIGIT_SPEAKERS if name not in corpus.HELD_OUT_DIGITS]
     for source in (corpus.readers("train"), corpus.digit_strings(heard, takes=range(takes))):
         for utterance in source:
             items += items_of(corpus.change_speed(utterance, factor) for factor in factors)
@@ -274,8 +289,10 @@ def digit_accuracy(content: ContentEncoder, items: Sequence[Item]) -> float:
 # ---- batches ----------------------------------------------------------------------------------------------------
 
 
-def phone_table(items: Sequence[Item], round_to: float = 0.1) -> Tensor:
+def phone_table(items: Sequence[Item], round_to: float = 0.1, *, require_all: bool = True) -> Tensor:
     """Return the average mel of every phone (P, F): the mode over its occurrences of their medians, as officially.
+
+    With ``require_all=False`` a phone that is nowhere in the items is given the average of silence.
 
     Raises
     ------
@@ -290,11 +307,12 @@ def phone_table(items: Sequence[Item], round_to: float = 0.1) -> Tensor:
             for start, end in pairwise(edges):
                 medians.setdefault(int(phones[start]), []).append(np.median(mel[:, start:end], axis=1))
     missing = [phone for index, phone in enumerate(PHONES) if index not in medians and phone != "spn"]
-    if missing:
+    if missing and require_all:
         raise ValueError(f"no frame of {', '.join(missing)} in the corpus; add texts that hold them")
     table = {
         index: round_to * column_mode(np.round(np.stack(found) / round_to).astype(np.int64))
         for index, found in medians.items()
+        if index >= 0
     }
     return torch.stack([torch.as_tensor(table.get(i, table[SILENCE]), dtype=torch.float32) for i in range(len(PHONES))])
 
@@ -430,10 +448,13 @@ def train_content(
     return _fit(step, model, batches, steps=steps, lr=lr, seed=seed, precision=precision, **more)
 
 
-def label(content: ContentEncoder, items: Sequence[Item]) -> list[Item]:
-    """Return the items with phones where they had none: from their text if they are digits, else as the encoder hears them."""
+def label(content: ContentEncoder, items: Sequence[Item], *, known: Sequence[Item] = ()) -> list[Item]:
+    """Return the items with phones where they had none: by their text if they are digits, else as the encoder hears them.
+
+    The frequencies of the phones in ``known``, on which the encoder was trained, are taken out of its answers in part.
+    """
     counts = torch.zeros(len(PHONES))
-    for item in items:
+    for item in known:
         if item.phones is not None:
             counts += torch.bincount(item.phones[item.phones >= 0], minlength=len(PHONES))
     prior = None if counts.sum() == 0 else (counts + 1) / (counts + 1).sum()
@@ -609,3 +630,20 @@ def train_score(
 
     wrapped = _ResidualLoss(decoder, speaker_dropout)  # type: ignore[arg-type]
     return _fit(step, wrapped, batches, steps=steps, lr=lr, seed=seed, precision=precision, **more)
+
+
+@torch.no_grad()
+def score_error(model: DiffVC, voice: Voice, items: Sequence[Item], *, batches: int = 8, seed: int = 0) -> float:
+    """Return the mean squared error of the network's own answer on fixed crops of the items, times and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([float(item.mel.shape[1]) for item in items])
+    module = _ResidualLoss(model.decoder, 0.0).eval()  # type: ignore[arg-type]
+    total = 0.0
+    for _ in range(batches):
+        examples = score_batch(items, weights, model.encoder, batch=32, frames=96, generator=generator)  # type: ignore[arg-type]
+        examples["voice"] = voice(examples["reference"], examples["reference_mask"])
+        examples["t"] = (torch.arange(32) + 0.5) / 32
+        examples["noise"] = torch.randn(examples["mel"].shape, generator=generator)
+        examples["kept"] = torch.ones(32, 1)
+        total += float(module(examples))
+    return total / batches
