@@ -14,7 +14,6 @@ import torch
 
 from ..measure.experiment import Experiment
 from ..train.checkpoint import load_weights, save_weights
-
 from . import corpus, training
 from .compact import CompactConfig, CompactDecoder, ContentEncoder, Voice
 from .model import DiffVC
