@@ -72,11 +72,11 @@ def checkout() -> Path | None:
 def commit() -> tuple[str, bool]:
     """Return the commit of the checkout and whether its library differs from it; ``("unknown", False)`` outside one.
 
-    Records themselves do not count as a difference: an experiment that writes several would soil itself.
+    Records and weights do not count as a difference: an experiment that writes several would soil itself.
     """
     if checkout() is None:
         return "unknown", False
-    changes = _git("status", "--porcelain", "--", "oral4", ":(exclude)oral4/records")
+    changes = _git("status", "--porcelain", "--", "oral4", ":(exclude)oral4/records", ":(exclude)oral4/weights")
     return _git("rev-parse", "HEAD") or "unknown", bool(changes)
 
 
