@@ -420,9 +420,10 @@ def _read_sound(source: str | PathLike[str], limits: Limits) -> tuple[np.ndarray
         with soundfile.SoundFile(path) as file:  # the header first, so that hours of sound are refused unread
             limits.cap(f"{path}", file.frames / file.samplerate, "seconds", "audio_seconds")
             limits.cap(f"{path}", file.frames * file.channels, "samples over all channels", "audio_samples")
-            promised, rate = file.frames, file.samplerate
+            # an MP3 file does not say how long it is; what libsndfile gives is an estimate
+            promised, rate = 0 if file.format == "MP3" else file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a name in .raw
         raise DataError(
             f"{path}: not a sound file that can be read (wav, flac, ogg, mp3 and others can): {error}"
         ) from error
@@ -431,6 +432,35 @@ def _read_sound(source: str | PathLike[str], limits: Limits) -> tuple[np.ndarray
     if len(samples) < promised:
         raise DataError(f"{path}: the file is cut off, {len(samples)} of {promised} samples can be read")
     return samples.T, rate
+
+
+def _load_channels(source: Any, limits: Limits) -> tuple[np.ndarray, int, str]:
+    """Return float32 samples, shape (C, L), their rate, and what to call them in a message."""
+    if isinstance(source, str | PathLike):
+        what = f"{source}"
+        samples, rate = _read_sound(source, limits)
+    elif isinstance(source, tuple | list) and len(source) == 2:
+        what = "audio"
+        given, rate = source
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = given.float() if given.is_floating_point() else given  # numpy has no bfloat16
+        samples = np.asarray(given)
+    else:
+        raise TypeError(f"source is {type(source).__name__}; give the path of a sound file, or (wave, rate)")
+    found = check_audio(samples, rate, limits=limits)
+    if rate != int(rate):
+        raise DataError(f"{what}: {rate} samples per second; a whole number is needed")
+    if samples.dtype.kind != "f":
+        info = np.iinfo(samples.dtype)
+        middle = 0 if samples.dtype.kind == "i" else (info.max + 1) // 2
+        samples = (samples.astype(np.float64) - middle) / (info.max + 1 - middle)
+    elif found.peak > 100:
+        raise DataError(f"{what}: floats up to {found.peak:.6g}, full scale is 1; divide by 32768 if they were int16")
+    elif found.peak > 1:
+        warnings.warn(f"{what}: floats up to {found.peak:.4g} are divided by that peak", AudioWarning, stacklevel=3)
+        samples = samples / found.peak
+    return np.atleast_2d(samples).astype(np.float32), int(rate), what
 
 
 def load_audio(source: Any, *, limits: Limits = DEFAULT) -> tuple[np.ndarray, int]:
@@ -472,27 +502,8 @@ def load_audio(source: Any, *, limits: Limits = DEFAULT) -> tuple[np.ndarray, in
     >>> wave.tolist(), rate
     ([0.0, -0.25], 16000)
     """
-    if isinstance(source, str | PathLike):
-        what = f"{source}"
-        samples, rate = _read_sound(source, limits)
-    elif isinstance(source, tuple | list) and len(source) == 2:
-        what = "audio"
-        samples, rate = source
-        samples = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
-    else:
-        raise TypeError(f"source is {type(source).__name__}; give the path of a sound file, or (wave, rate)")
-    found = check_audio(samples, rate, limits=limits)
-    if samples.dtype.kind != "f":
-        info = np.iinfo(samples.dtype)
-        middle = 0 if samples.dtype.kind == "i" else (info.max + 1) // 2
-        samples = (samples.astype(np.float64) - middle) / (info.max + 1 - middle)
-    elif found.peak > 100:
-        raise DataError(f"{what}: floats up to {found.peak:.6g}, full scale is 1; divide by 32768 if they were int16")
-    elif found.peak > 1:
-        warnings.warn(f"{what}: floats up to {found.peak:.4g} are divided by that peak", AudioWarning, stacklevel=2)
-        samples = samples / found.peak
-    wave = samples.mean(axis=0) if samples.ndim == 2 else samples
-    return np.ascontiguousarray(wave, dtype=np.float32), int(rate)
+    channels, rate, _ = _load_channels(source, limits)
+    return channels.mean(axis=0), rate
 
 # %% ../../nbs/diffvc/01_audio.ipynb #2751c46b
 @lru_cache(maxsize=16)
@@ -546,9 +557,10 @@ def resample(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 # %% ../../nbs/diffvc/01_audio.ipynb #d41180b7
 def count_clipped(wave: np.ndarray, *, run: int = 3) -> int:
-    """Return how many samples stand in a row of ``run`` or more at the largest or at the smallest value.
+    """Return how many samples stand in rows of ``run`` or more at the largest or at the smallest value.
 
-    A loud recording touches its peak once. A clipped one stays there.
+    A loud recording touches its peak once. A clipped one stays there, and comes and goes with a step. A sound of few
+    levels rests at its peak too, but comes by the smallest step there is; such rows do not count.
 
     Parameters
     ----------
@@ -558,18 +570,22 @@ def count_clipped(wave: np.ndarray, *, run: int = 3) -> int:
 
     Examples
     --------
-    >>> count_clipped(np.array([0.0, 0.9, 0.9, 0.9, 0.9, -0.3]))
+    >>> count_clipped(np.array([0.0, 0.2, 0.9, 0.9, 0.9, 0.9, 0.3, -0.3]))
     4
     """
     wave = np.asarray(wave)
-    total = 0
+    total, smallest_step = 0, None
     for extreme in (wave.max(initial=0.0), wave.min(initial=0.0)):
-        if abs(extreme) < 0.1:  # quiet sounds of few levels rest at one value without being clipped
+        edges = np.diff(np.concatenate([[0], (wave == extreme).astype(np.int8), [0]]))
+        first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+        long = last - first + 1 >= run
+        first, last = first[long], last[long]
+        if abs(extreme) < 0.1 or not len(first):
             continue
-        at = np.concatenate([[0], (wave == extreme).astype(np.int8), [0]])
-        edges = np.diff(at)
-        lengths = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
-        total += int(lengths[lengths >= run].sum())
+        if smallest_step is None:
+            smallest_step = np.diff(np.unique(wave)).min(initial=np.inf)
+        step = np.maximum(np.abs(extreme - wave[np.maximum(first - 1, 0)]), np.abs(extreme - wave[(last + 1) % len(wave)]))
+        total += int((last - first + 1)[step > 1.5 * smallest_step].sum())
     return total
 
 
@@ -615,18 +631,18 @@ def prepare_wave(
     preset = find_preset(preset)
     if not 0 <= min_seconds < math.inf:
         raise ValueError(f"min_seconds={min_seconds}; seconds of 0 or more are needed")
-    what = f"{source}" if isinstance(source, str | PathLike) else "audio"
-    wave, rate = load_audio(source, limits=limits)
-    if clipped := count_clipped(wave):
+    channels, rate, what = _load_channels(source, limits)
+    wave = channels.mean(axis=0)
+    wave = wave - wave.mean(dtype=np.float64).astype(np.float32)
+    peak = float(np.abs(wave).max())
+    if peak < limits.audio_silence_peak:
+        raise DataError(f"{what}: no speech, the largest sample is {peak:.2g} of full scale; check the recording")
+    if clipped := max(count_clipped(channel) for channel in channels):  # before anything moves the samples
         warnings.warn(
             f"{what}: {clipped} samples are clipped, {100 * clipped / len(wave):.2g} percent; the recording was too loud",
             AudioWarning,
             stacklevel=2,
         )
-    wave = wave - wave.mean(dtype=np.float64).astype(np.float32)
-    peak = float(np.abs(wave).max())
-    if peak < limits.audio_silence_peak:
-        raise DataError(f"{what}: no speech, the largest sample is {peak:.2g} of full scale; check the recording")
     if rate < 2 * preset.fmax:
         warnings.warn(
             f"{what}: at {rate} Hz there is nothing above {rate / 2:.0f} Hz, but {preset.name} reaches "
@@ -740,8 +756,8 @@ def spectral_subtraction(
         Converted log-mel spectrogram.
     source : Tensor, shape (F, T)
         The spectrogram that was converted, of the same frames; only tells where it is quiet.
-    floor : float, in [0, 1]
-        At least this share of the noise energy stays.
+    floor : float, in (0, 1]
+        At least this share of the noise energy stays, so that the logarithm exists.
     silence_window : int
         Length of the quiet stretch, frames; cut to T.
     smoothing : int, optional
@@ -753,7 +769,7 @@ def spectral_subtraction(
     Returns
     -------
     Tensor, shape (F, T)
-        Nowhere above ``synth``, except that the official form may be, where a single band is as it is due to the shift.
+        In the type of ``synth``; computed in float64.
 
     Raises
     ------
@@ -765,10 +781,10 @@ def spectral_subtraction(
             f"spectral_subtraction: synth is {tuple(synth.shape)}, source {tuple(source.shape)}; "
             "both must be (F, T) of the same frames"
         )
-    if not 0 <= floor <= 1 or silence_window < 1 or (smoothing is not None and smoothing < 0):
+    if not 0 < floor <= 1 or silence_window < 1 or (smoothing is not None and smoothing < 0):
         raise ValueError(
             f"spectral_subtraction: floor={floor}, silence_window={silence_window}, smoothing={smoothing}; "
-            "0 <= floor <= 1, silence_window >= 1 and smoothing >= 0 or None are needed"
+            "0 < floor <= 1, silence_window >= 1 and smoothing >= 0 or None are needed"
         )
     frames = synth.shape[1]
     width = min(silence_window, frames)
@@ -776,11 +792,11 @@ def spectral_subtraction(
     if compat:  # differs from the official code unless compat: it never tries the last stretch
         loudness = loudness[: max(1, frames - width)]
     quiet = int(loudness.argmin())
-    noise = (2 * synth[:, quiet : quiet + width]).exp().amin(1)  # (F,)
+    energy = (2 * synth.double()).exp()
+    noise = energy[:, quiet : quiet + width].amin(1)  # (F,)
     if smoothing is not None:
         padded = torch.cat([noise[:1].expand(smoothing), noise, noise[-1:].expand(smoothing + 1)])
         median = padded[: len(padded) - 1].unfold(0, 2 * smoothing + 1, 1).median(-1).values
         # differs from the official code unless compat: there, band i + 1 is compared with the median around band i
         noise = torch.minimum(padded[smoothing + 1 :][: len(noise)] if compat else noise, median)
-    energy = torch.maximum((2 * synth).exp() - noise[:, None], floor * noise[:, None])
-    return 0.5 * energy.log()
+    return 0.5 * torch.maximum(energy - noise[:, None], floor * noise[:, None]).log().to(synth.dtype)

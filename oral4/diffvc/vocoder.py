@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .audio import PRESETS, MelPreset, check_same_preset, find_preset, mel_basis, soft_limit
+from .audio import MEL_FLOOR, PRESETS, MelPreset, check_same_preset, find_preset, mel_basis, soft_limit
 
 # %% auto #0
 __all__ = ['INVERSES', 'SLOPE', 'mel_to_magnitude', 'Frames', 'griffin_lim', 'griffin_lim_official', 'Vocoder', 'GriffinLim',
@@ -56,7 +56,7 @@ def _as_mel(mel: Any, preset: MelPreset) -> Tensor:
 
 def _linear_magnitude(mel: Tensor, preset: MelPreset, inverse: str, updates: int = 10) -> Tensor:
     basis, pseudo = _inverse_matrices(preset, mel.device)
-    bands = mel.exp()  # (..., F, T)
+    bands = mel.exp().clamp(min=MEL_FLOOR)  # (..., F, T); no wave has less, and phases of denormal numbers are NaN
     if inverse == "pinv":
         return (pseudo @ bands).clamp(min=0)
     tiny = 1e-12
@@ -85,7 +85,7 @@ def mel_to_magnitude(
     Parameters
     ----------
     mel : Tensor or array, shape (F, T) or (B, F, T)
-        Log-mel, natural logarithm.
+        Log-mel, natural logarithm. What is below the floor of `oral4.diffvc.audio.log_mel` is lifted to it.
     preset : str or MelPreset
     inverse : {"kl", "nnls", "pinv"}
         ``"kl"`` minimises the Kullback-Leibler divergence of the bands, which weighs quiet bands as much as loud ones;
