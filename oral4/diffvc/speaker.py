@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.fetch import fetch
-from ..data.limits import check_audio
+from ..data.limits import DEFAULT
 from ..errors import CheckpointError, DataError, require
+from .audio import load_audio, resample
 
 # %% auto #0
 __all__ = ['RATE', 'NUM_MELS', 'WINDOW', 'HOP', 'PARTIAL_FRAMES', 'WEIGHTS', 'WEIGHTS_SHA256', 'power_mel', 'normalise_volume',
@@ -282,29 +283,34 @@ class SpeakerEncoder(nn.Module):
         _, (hidden, _) = self.lstm(mel)
         return F.normalize(F.relu(self.linear(hidden[-1])), dim=-1)
 
-    def embed(self, wave: Any, rate: int, *, trim: str | None = "energy", per_second: float = 1.3) -> Tensor:
+    def embed(
+        self, wave: Any, rate: int, *, trim: str | None = "energy", volume: str = "raise", per_second: float = 1.3
+    ) -> Tensor:
         """Return the point of one recording; see :meth:`embed_many`.
 
         Returns
         -------
         Tensor, shape (256,), float32, on the CPU, of length 1
         """
-        return self.embed_many([wave], rate, trim=trim, per_second=per_second)[0]
+        return self.embed_many([wave], rate, trim=trim, volume=volume, per_second=per_second)[0]
 
     def embed_many(
-        self, waves: Sequence[Any], rate: int | Sequence[int], *, trim: str | None = "energy", per_second: float = 1.3,
-        batch_size: int = 256,
+        self, waves: Sequence[Any], rate: int | Sequence[int], *, trim: str | None = "energy", volume: str = "raise",
+        per_second: float = 1.3, batch_size: int = 256,
     ) -> Tensor:  # fmt: skip
         """Return the points of several recordings. Their windows pass the network together, so it is fast.
 
         Parameters
         ----------
         waves : sequence of array, shape (L,) or (channels, L)
-            Floats with full scale 1, or integers. Each is resampled to 16 kHz, brought to at least -30 dB and trimmed.
+            Floats with full scale 1, or integers. Each is resampled to 16 kHz, brought to a volume and trimmed.
         rate : int, or one for each wave
             Hz.
         trim : {"energy", "webrtc", None}
             How pauses are found, see `trim_pauses`; None keeps them.
+        volume : {"raise", "set"}
+            ``"raise"``: a wave below -30 dB is made louder, as the encoder was trained; a louder one keeps its level.
+            ``"set"``: every wave is brought to -30 dB, so that its level cannot change the point.
         per_second : float
             See `partial_starts`.
         batch_size : int
@@ -319,20 +325,22 @@ class SpeakerEncoder(nn.Module):
         DataError
             If a wave holds no speech (silence), or is damaged; the message names its number.
         ValueError
-            If the rates do not fit the waves.
+            If the rates do not fit the waves, or ``trim`` or ``volume`` is unknown.
 
         Warns
         -----
         UserWarning
             If less than half a second of a wave is left: the point then says little about the voice.
         """
+        if volume not in ("raise", "set"):
+            raise ValueError(f'volume={volume!r}: choose "raise" or "set"')
         if not isinstance(rate, int | np.integer) and len(rate) != len(waves):
             raise ValueError(f"{len(rate)} rates for {len(waves)} waves; give one rate, or one for each wave")
         rates = [int(rate)] * len(waves) if isinstance(rate, int | np.integer) else [int(value) for value in rate]
         like = self.linear.weight
         windows, counts = [], []
         for number, (wave, hertz) in enumerate(zip(waves, rates, strict=True)):
-            speech = _prepare(wave, hertz, trim, f"wave {number}: " if len(waves) > 1 else "")
+            speech = _prepare(wave, hertz, trim, volume, f"wave {number}: " if len(waves) > 1 else "")
             starts = partial_starts(len(speech), per_second=per_second)
             padded = np.pad(speech, (0, max(0, (starts[-1] + PARTIAL_FRAMES) * HOP - len(speech))))
             mel = power_mel(torch.from_numpy(padded).to(like))
@@ -350,24 +358,16 @@ class SpeakerEncoder(nn.Module):
         return mean / length
 
 
-def _prepare(wave: Any, rate: int, trim: str | None, name: str) -> np.ndarray:
+def _prepare(wave: Any, rate: int, trim: str | None, volume: str, name: str) -> np.ndarray:
     """Return the wave as the encoder wants it: float32, mono, 16 kHz, loud enough, without long pauses."""
-    found = check_audio(wave, rate)
-    if found.is_silent:
-        raise DataError(f"{name}no speech: the largest magnitude is {found.peak:.1e} of full scale; check the recording")
-    samples = np.asarray(wave)
-    if samples.dtype.kind != "f":
-        info = np.iinfo(samples.dtype)
-        middle = 0 if samples.dtype.kind == "i" else (info.max + 1) // 2
-        samples = (samples.astype(np.float64) - middle) / (info.max - middle)
-    samples = samples.mean(0) if samples.ndim == 2 else samples
-    samples = samples - samples.mean()
-    if np.abs(samples).max() < 1e-4:
-        raise DataError(f"{name}no speech: the wave is constant; check the recording")
-    if rate != RATE:
-        divisor = math.gcd(RATE, rate)
-        samples = require("scipy.signal", "voice").resample_poly(samples, RATE // divisor, rate // divisor)
-    speech = normalise_volume(samples.astype(np.float32))
+    try:
+        samples, _ = load_audio((wave, rate))
+    except DataError as error:
+        raise DataError(f"{name}{error}") from error
+    samples = samples - samples.mean(dtype=np.float64).astype(np.float32)
+    if (peak := float(np.abs(samples).max())) < DEFAULT.audio_silence_peak:
+        raise DataError(f"{name}no speech: the largest sample is {peak:.1e} of full scale; check the recording")
+    speech = normalise_volume(resample(samples, rate, RATE), increase_only=volume == "raise")
     if trim is not None:
         speech = trim_pauses(speech, detector=trim)
     if len(speech) == 0:
