@@ -1,4 +1,4 @@
-"""The decoder: every piece against the official code's numbers or a plain form, exact under padding, errors at the door."""
+"""The decoder: pieces against the official code's numbers or a plain form, exact under padding, errors at the door."""
 
 import copy
 import re
@@ -31,6 +31,7 @@ from oral4.diffvc.decoder import (
 
 FOLDER = Path(__file__).parents[1] / "goldens/diffvc"
 BLOCKS = {name: torch.from_numpy(value) for name, value in np.load(FOLDER / "blocks.npz").items()}
+CONDITION = ("voice", "t", "reference", "reference_mask")
 SMALL = {"num_mels": 16, "dim": 8, "g_dim": 8, "voice_dim": 12, "heads": 2, "head_dim": 4}
 
 
@@ -71,7 +72,7 @@ def lengths_mask(lengths, frames=None):
 def inputs(condition, lengths, reference_lengths, bands=16, voice_dim=12):
     generator = torch.Generator().manual_seed(7)
     batch = len(lengths)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
     extra = (15,) if condition == "whole" else ()
     return {
         "x": draw(batch, bands, max(lengths)),
@@ -99,8 +100,14 @@ def test_embedding_of_time_is_the_official_one():
 
 def test_resnet_block_is_the_official_one():
     block = ResnetBlock(16, 32, 16)
-    table = {"mlp.1.": "time.", "block1.block.0.": "first.conv.", "block1.block.1.": "first.norm.",
-             "block2.block.0.": "second.conv.", "block2.block.1.": "second.norm.", "res_conv.": "shortcut."}  # fmt: skip
+    table = {
+        "mlp.1.": "time.",
+        "block1.block.0.": "first.conv.",
+        "block1.block.1.": "first.norm.",
+        "block2.block.0.": "second.conv.",
+        "block2.block.1.": "second.norm.",
+        "res_conv.": "shortcut.",
+    }
     block.load_state_dict(weights("rb.w.", table))
     found = block(BLOCKS["la_x"], BLOCKS["ref_temb"], mask=BLOCKS["ref_mask"])
     assert_golden(found, BLOCKS["rb_y"])
@@ -116,7 +123,9 @@ def test_reference_block_is_the_official_one():
     block = RefBlock(1, 16, 16)
     table = {f"block{a}{b}.{i}.": f"blocks.{2 * a + b - 3}.{part}." for a in (1, 2, 3) for b in (1, 2)
              for i, part in enumerate(("conv", "norm"))}  # fmt: skip
-    block.load_state_dict(weights("ref.w.", table | {"mlp1.1.": "time_first.", "mlp2.1.": "time_second.", "final_conv.": "out."}))
+    block.load_state_dict(
+        weights("ref.w.", table | {"mlp1.1.": "time_first.", "mlp2.1.": "time_second.", "final_conv.": "out."})
+    )
     assert_golden(block(BLOCKS["ref_x"], BLOCKS["ref_temb"], BLOCKS["ref_mask"]), BLOCKS["ref_y"])
 
 
@@ -141,7 +150,8 @@ def test_score_is_the_official_one(name, condition, dim):
 
 
 @pytest.mark.parametrize(
-    ("condition", "count"), [("wodyn", 117_794_599), ("d-only", 125_577_752 - 8_464_529), ("whole", 117_794_599 + 64 * 9 * 14)]
+    ("condition", "count"),
+    [("wodyn", 117_794_599), ("d-only", 125_577_752 - 8_464_529), ("whole", 117_794_599 + 64 * 9 * 14)],
 )
 def test_number_of_parameters(condition, count):
     with torch.device("meta"):
@@ -181,7 +191,8 @@ def test_network_never_makes_the_plane_of_the_condition(batch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.update(tuple(each.shape) for each in (out if isinstance(out, tuple | list) else [out]) if isinstance(each, torch.Tensor))
+            made = out if isinstance(out, tuple | list) else [out]
+            seen.update(tuple(each.shape) for each in made if isinstance(each, torch.Tensor))
             return out
 
     data = inputs("d-only", [8] * batch, [4] * batch)
@@ -238,7 +249,7 @@ def test_batch_is_its_items_one_by_one(condition):
         for key in ("reference", "reference_mask"):
             alone[key] = alone[key][..., :reference_length]
         expected = score(decoder, alone)[0]
-        torch.testing.assert_close(together[item, :, :length], expected, rtol=0, atol=1e-4)  # float32 through 30 convolutions
+        torch.testing.assert_close(together[item, :, :length], expected, rtol=0, atol=1e-4)  # float32, deep
         assert expected.abs().max() > 0.1
         assert not together[item, :, length:].any()
 
@@ -286,7 +297,10 @@ def test_mask_may_be_bool_or_whole_numbers():
 def test_condition_sees_what_it_should():
     for condition, sees in (("d-only", False), ("wodyn", True), ("whole", True)):
         decoder, data = small(condition), inputs(condition, [4], [6])
-        give = lambda **change: decoder.condition(*({**data, **change}[k] for k in ("voice", "t", "reference", "reference_mask")))  # noqa: B023, E731
+
+        def give(decoder=decoder, data=data, **change):
+            return decoder.condition(*[{**data, **change}[name] for name in CONDITION])
+
         with torch.no_grad():
             g = give()
             assert not torch.allclose(give(voice=-data["voice"]), g)
@@ -310,15 +324,17 @@ def test_time_network_is_shared_counted_once_and_copied_together():
     blank = Decoder(decoder.config)
     blank.load_state_dict(twin.state_dict())
     with torch.no_grad():
-        found = [each.condition(data["voice"], data["t"], data["reference"], data["reference_mask"]) for each in (twin, blank)]
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)  # the copy's condition uses the copy's network on time
+        found = [each.condition(*[data[name] for name in CONDITION]) for each in (twin, blank)]
+    # The copy's condition uses the copy's network on time.
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_speaker_condition_stands_alone():
     decoder, data = small(), inputs("wodyn", [4], [6])
     alone = SpeakerCondition(decoder.config)
-    alone.load_state_dict({**decoder.speaker.state_dict(), **{f"time_mlp.{k}": v for k, v in decoder.unet.time_mlp.state_dict().items()}})
-    arguments = [data[key] for key in ("voice", "t", "reference", "reference_mask")]
+    time = {f"time_mlp.{name}": value for name, value in decoder.unet.time_mlp.state_dict().items()}
+    alone.load_state_dict({**decoder.speaker.state_dict(), **time})
+    arguments = [data[name] for name in CONDITION]
     torch.testing.assert_close(alone(*arguments), decoder.condition(*arguments), rtol=0, atol=0)
 
 
@@ -338,7 +354,8 @@ def test_half_precision_follows_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = score(decoder, data)
     assert (found.float() - expected).norm() / expected.norm() < 0.05  # bfloat16 has 8 bits: 0.4 % a rounding
-    torch.testing.assert_close(score(decoder.double(), {k: v.double() for k, v in data.items()}).float(), expected, rtol=0, atol=1e-4)
+    wide = score(decoder.double(), {name: value.double() for name, value in data.items()})
+    torch.testing.assert_close(wide.float(), expected, rtol=0, atol=1e-4)
 
 
 # Bad input
@@ -379,7 +396,13 @@ def test_settings_from_json_are_the_settings():
 )
 def test_network_refuses(change, message):
     network = ScoreUNet(DecoderConfig(**SMALL))
-    good = {"x": torch.zeros(2, 16, 8), "mask": torch.ones(2, 1, 8), "xbar": torch.zeros(2, 16, 8), "g": torch.zeros(2, 8), "t": torch.zeros(2)}
+    good = {
+        "x": torch.zeros(2, 16, 8),
+        "mask": torch.ones(2, 1, 8),
+        "xbar": torch.zeros(2, 16, 8),
+        "g": torch.zeros(2, 8),
+        "t": torch.zeros(2),
+    }
     network(**good)
     with pytest.raises(ValueError, match=re.escape(message)):
         network(**{**good, **change})
@@ -391,14 +414,19 @@ def test_network_refuses(change, message):
         ("wodyn", {"voice": torch.zeros(2, 256)}, "voice has shape (2, 256); give (B, 12)"),
         ("wodyn", {"t": torch.zeros(1)}, "t has shape (1,); give (2,)"),
         ("wodyn", {"reference": None}, "the condition 'wodyn' needs a reference (B, 16, R)"),
-        ("wodyn", {"reference": torch.zeros(2, 15, 16, 6)}, "reference has shape (2, 15, 16, 6); give (B, 16, R), B = 2"),
-        ("whole", {"reference": torch.zeros(2, 16, 6)}, "reference has shape (2, 16, 6); give (B, 15, 16, R), B = 2"),
+        ("wodyn", {"reference": torch.zeros(2, 15, 16, 6)}, "reference has shape (2, 15, 16, 6); give (B, 16, R)"),
+        ("whole", {"reference": torch.zeros(2, 16, 6)}, "reference has shape (2, 16, 6); give (B, 15, 16, R)"),
         ("wodyn", {"reference_mask": torch.zeros(2, 1, 6)}, "item 0 of the batch is padding only"),
     ],
 )
 def test_condition_refuses(condition, change, message):
     shape = (2, 15, 16, 6) if condition == "whole" else (2, 16, 6)
-    good = {"voice": torch.zeros(2, 12), "t": torch.zeros(2), "reference": torch.zeros(shape), "reference_mask": torch.ones(2, 1, 6)}
+    good = {
+        "voice": torch.zeros(2, 12),
+        "t": torch.zeros(2),
+        "reference": torch.zeros(shape),
+        "reference_mask": torch.ones(2, 1, 6),
+    }
     decoder = small(condition)
     decoder.condition(**good)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -406,7 +434,7 @@ def test_condition_refuses(condition, change, message):
 
 
 def test_folding_refuses_a_condition_of_another_width():
-    with pytest.raises(ValueError, match=re.escape("constant has shape (1, 4); give (1, 3): the convolution has 5 input channels")):
+    with pytest.raises(ValueError, match=re.escape("constant has shape (1, 4); give (1, 3): the convolution has 5")):
         conv_with_constant(nn.Conv2d(5, 7, 3, padding=1), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4))
 
 
