@@ -5,6 +5,7 @@
 # %% ../../nbs/diffvc/02_align.ipynb #b4515b8f
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import difflib
 import re
@@ -148,30 +149,44 @@ class _Voice(ctypes.Structure):
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-_ESPEAK_LOCK = threading.RLock()  # the library holds one state for the whole process
+_ESPEAK_LOCK = threading.Lock()  # the library holds one state for the whole process
 _PHONEME_EVENT, _SYNCHRONOUS, _PHONEME_EVENTS, _DO_NOT_EXIT, _UTF8 = 7, 2, 1, 0x8000, 1
 _RATE, _PITCH, _RANGE = 1, 3, 4
 
 
 class _Espeak:
-    """The library, opened once. Use it under `_ESPEAK_LOCK`."""
+    """The library, opened anew; only one can be open at a time, and entering waits for that.
 
-    def __init__(self) -> None:
+    It keeps the phase of its oscillators from call to call: in one that stays open the same words would sound another
+    way the second time.
+    """
+
+    def __enter__(self) -> _Espeak:
         loader = require("espeakng_loader", "voice")
-        data = loader.get_data_path()
-        self.library = ctypes.CDLL(loader.get_library_path())
-        self.library.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
-        self.rate: int = self.library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), _PHONEME_EVENTS | _DO_NOT_EXIT)
-        if self.rate <= 0:
-            raise OralError(f"espeak-ng does not start with the data in {data} (code {self.rate}); reinstall espeakng-loader")
-        self.bases = self._bases()
-        self.variants = sorted(path.name for path in Path(data, "voices", "!v").iterdir())
-        self.blocks: list[np.ndarray] = []
-        self.events: list[tuple[int, str]] = []
-        self._callback = _CALLBACK(self._receive)  # kept: the library holds no reference
-        self.library.espeak_SetSynthCallback(self._callback)
+        _ESPEAK_LOCK.acquire()
+        try:
+            self.data = Path(loader.get_data_path())
+            self.library = ctypes.CDLL(loader.get_library_path())
+            start = self.library.espeak_Initialize(_SYNCHRONOUS, 0, str(self.data).encode(), _PHONEME_EVENTS | _DO_NOT_EXIT)
+            if start <= 0:
+                raise OralError(f"espeak-ng does not start with the data in {self.data} (code {start}); reinstall espeakng-loader")
+        except BaseException:
+            _ESPEAK_LOCK.release()
+            raise
+        self.rate: int = start
+        return self
 
-    def _bases(self) -> dict[str, str]:
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.library.espeak_Terminate()
+            close = getattr(_ctypes, "dlclose", None) or getattr(_ctypes, "FreeLibrary")  # noqa: B009, Windows has the second
+            close(self.library._handle)
+        finally:
+            _ESPEAK_LOCK.release()
+
+    def bases(self) -> dict[str, str]:
+        """Return what to call the voices of the list, and what the library calls them."""
+        self.library.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(_Voice))
         voices, index, found = self.library.espeak_ListVoices(None), 0, {}
         while voices[index]:
             name = Path(voices[index].contents.identifier.decode()).name.lower()
@@ -179,24 +194,41 @@ class _Espeak:
             index += 1
         return found
 
-    def _receive(self, wave: Any, count: int, events: Any) -> int:
-        if wave and count > 0:
-            self.blocks.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        index = 0
-        while events[index].type:
-            if events[index].type == _PHONEME_EVENT:
-                self.events.append((events[index].sample, events[index].id.string.decode()))
-            index += 1
-        return 0
-
     def demand(self, code: int, what: str) -> None:
         if code != 0:
             raise OralError(f"espeak-ng: {what} returned code {code}")
 
+    def say(self, name: str, text: str, settings: Mapping[int, int]) -> tuple[list[np.ndarray], list[tuple[int, str]]]:
+        """Return blocks of 16-bit samples, and events of (first sample, mnemonic)."""
+        blocks: list[np.ndarray] = []
+        events: list[tuple[int, str]] = []
+
+        def receive(wave: Any, count: int, found: Any) -> int:
+            if wave and count > 0:
+                blocks.append(np.ctypeslib.as_array(wave, (count,)).copy())
+            index = 0
+            while found[index].type:
+                if found[index].type == _PHONEME_EVENT:
+                    events.append((found[index].sample, found[index].id.string.decode()))
+                index += 1
+            return 0
+
+        callback = _CALLBACK(receive)  # a name of its own keeps it alive; the library holds no reference
+        self.library.espeak_SetSynthCallback(callback)
+        self.demand(self.library.espeak_SetVoiceByName(name.encode()), f"SetVoiceByName({name!r})")
+        for parameter, value in settings.items():
+            self.demand(self.library.espeak_SetParameter(parameter, value, 0), f"SetParameter({parameter}, {value})")
+        data = text.encode()
+        size = ctypes.c_size_t(len(data) + 1)
+        self.demand(self.library.espeak_Synth(data, size, 0, 1, 0, _UTF8, None, None), "Synth")
+        return blocks, events
+
 
 @lru_cache(maxsize=1)
-def _espeak() -> _Espeak:
-    return _Espeak()
+def _catalogue() -> tuple[dict[str, str], list[str]]:
+    """Return the voices by name, and the names of the variants."""
+    with _Espeak() as espeak:
+        return espeak.bases(), sorted(path.name for path in (espeak.data / "voices" / "!v").iterdir())
 
 
 def espeak_voices(language: str = "en") -> list[str]:
@@ -217,10 +249,9 @@ def espeak_voices(language: str = "en") -> list[str]:
     MissingExtra
         If espeak-ng is not installed.
     """
-    with _ESPEAK_LOCK:
-        espeak = _espeak()
-        bases = [base for base in sorted(espeak.bases) if base.startswith(language) and base != "en-shaw"]  # another alphabet
-        return [base + variant for base in bases for variant in ("", *("+" + name for name in espeak.variants))]
+    bases, variants = _catalogue()
+    accents = [base for base in sorted(bases) if base.startswith(language) and base != "en-shaw"]  # another alphabet
+    return [accent + variant for accent in accents for variant in ("", *("+" + name for name in variants))]
 
 
 def espeak_say(
@@ -232,7 +263,7 @@ def espeak_say(
     rate_wpm: int = 160,
     phone_map: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, int, list[PhoneSpan]]:
-    """Return what espeak-ng says, and when it says each phone.
+    """Return what espeak-ng says, and when it says each phone. The same arguments give the same sound.
 
     Parameters
     ----------
@@ -267,21 +298,19 @@ def espeak_say(
     for name, value, low, high in (("pitch", pitch, 0, 99), ("pitch_range", pitch_range, 0, 99), ("rate_wpm", rate_wpm, 80, 450)):
         if not low <= value <= high:
             raise ValueError(f"{name}={value!r}: {low} to {high} is allowed")
+    for mnemonic, phones in (phone_map or {}).items():
+        wrong = [phone for phone in phones.split() if phone not in PHONES] or ([] if phones.split() else [""])
+        if wrong:
+            raise ValueError(f"phone_map[{mnemonic!r}] = {phones!r}: {wrong[0]!r} is no phone; one or two of {' '.join(PHONES)} are needed")
     base, _, variant = voice.partition("+")
-    with _ESPEAK_LOCK:
-        espeak = _espeak()
-        _known(base, list(espeak.bases), "voice", "espeak_voices() lists those of English")
-        if variant:  # an unknown variant is not an error of the library: it would speak in the plain voice
-            _known(variant, espeak.variants, "variant", "espeak_voices() lists all")
-        name = espeak.bases[base] + ("+" + variant if variant else "")
-        espeak.demand(espeak.library.espeak_SetVoiceByName(name.encode()), f"SetVoiceByName({name!r})")
-        for parameter, value in ((_RATE, rate_wpm), (_PITCH, pitch), (_RANGE, pitch_range)):
-            espeak.demand(espeak.library.espeak_SetParameter(parameter, int(value), 0), f"SetParameter({parameter}, {value})")
-        espeak.blocks, espeak.events = [], []
-        data = text.encode()
-        size = ctypes.c_size_t(len(data) + 1)
-        espeak.demand(espeak.library.espeak_Synth(data, size, 0, 1, 0, _UTF8, None, None), "Synth")
-        blocks, events, rate = espeak.blocks, espeak.events, espeak.rate
+    bases, variants = _catalogue()
+    _known(base, list(bases), "voice", "espeak_voices() lists those of English")
+    if variant:  # an unknown variant is not an error of the library: it would speak in the plain voice
+        _known(variant, variants, "variant", "espeak_voices() lists all")
+    name = bases[base] + ("+" + variant if variant else "")
+    with _Espeak() as espeak:
+        blocks, events = espeak.say(name, text, {_RATE: int(rate_wpm), _PITCH: int(pitch), _RANGE: int(pitch_range)})
+        rate = espeak.rate
     if not blocks:
         raise ValueError(f"text={text!r}: {voice!r} has nothing to say of it; give it words")
     wave = np.concatenate(blocks).astype(np.float32) / 32768
@@ -374,11 +403,12 @@ def frame_phones(spans: Sequence[PhoneSpan], preset: str | MelPreset = "speech-1
     preset = find_preset(preset)
     if not spans:
         raise DataError("the alignment is empty; there is no phone to give to a frame")
-    last = int(spans[-1].end_s * preset.rate) // preset.hop
+    end_s = max(span.end_s for span in spans)
+    last = int(end_s * preset.rate) // preset.hop
     num_frames = last if num_frames is None else num_frames
     if last > num_frames:
         raise DataError(
-            f"the alignment ends at {spans[-1].end_s:.3f} s, frame {last}, and the mel has {num_frames} frames of "
+            f"the alignment ends at {end_s:.3f} s, frame {last}, and the mel has {num_frames} frames of "
             f"{preset.hop / preset.rate:.4f} s; is it of this recording, and the preset {preset.name!r} that of the mel?"
         )
     phones: list[str | None] = [None] * num_frames
