@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LinearSDE', 'VP', 'SubVP', 'VE', 'DiscreteVP', 'transition_reference', 'diffuse', 'tweedie', 'score_matching_loss',
-           'GaussianMixture']
+__all__ = ['LinearSDE', 'VP', 'SubVP', 'VE', 'DiscreteVP', 'transition_reference', 'diffuse', 'GaussianMixture', 'tweedie',
+           'score_matching_loss']
 
 # %% ../../nbs/diffusion/01_sde.ipynb #cd8ff7a3
 _Time = TypeVar("_Time", float, Tensor, "float | Tensor")
@@ -163,7 +163,7 @@ class LinearSDE(ABC):
         source = generator.device if generator is not None else device
         return self._draw(torch.rand(n, generator=generator, device=source, dtype=torch.float32)).to(device)
 
-# %% ../../nbs/diffusion/01_sde.ipynb #a74841a1
+# %% ../../nbs/diffusion/01_sde.ipynb #8ce97711
 @dataclass(frozen=True)
 class _LinearBeta(LinearSDE):
     """The part that `VP` and `SubVP` share: a linear ``beta`` and its integral."""
@@ -229,7 +229,7 @@ class VP(_LinearBeta):
         integral = self._integral(t, s)
         return torch.exp(-integral / 2), -torch.expm1(-integral)
 
-
+# %% ../../nbs/diffusion/01_sde.ipynb #88344a57
 @dataclass(frozen=True)
 class SubVP(_LinearBeta):
     """Sub-variance preserving: the drift of `VP` with less noise, ``v = (1 - exp(-B))**2``.
@@ -253,7 +253,7 @@ class SubVP(_LinearBeta):
         total = self._integral(t) + self._integral(s)
         return torch.exp(-integral / 2), torch.expm1(-integral) * torch.expm1(-total)
 
-
+# %% ../../nbs/diffusion/01_sde.ipynb #1b3f6248
 @dataclass(frozen=True)
 class VE(LinearSDE):
     """Variance exploding: ``dX = g dW``, so ``a = 1`` and ``v = sigma(t)**2 - sigma_min**2``.
@@ -408,7 +408,7 @@ def transition_reference(sde: LinearSDE, t: float, s: float) -> tuple[float, flo
     alpha = sde.a(t) / sde.a(s)
     return alpha, sde.v(t) - alpha**2 * sde.v(s)
 
-# %% ../../nbs/diffusion/01_sde.ipynb #d8405fa2
+# %% ../../nbs/diffusion/01_sde.ipynb #88e4fc18
 def _per_item(value: Any, x: Tensor) -> Any:
     """Return a float as it is, and a value for each item, (B,), ready to multiply ``x`` (B, ...)."""
     if not isinstance(value, Tensor) or value.dim() == 0:
@@ -436,6 +436,19 @@ def _noise_like(x: Tensor, noise: Tensor | None, generator: torch.Generator | No
     return noise.to(x)
 
 
+def _prior_mean(xbar: float | Tensor | None, x: Tensor) -> Any:
+    """Return the prior mean in the type and on the device of ``x``, after checking that it broadcasts to it."""
+    if not isinstance(xbar, Tensor):
+        return 0.0 if xbar is None else xbar
+    try:
+        fits = torch.broadcast_shapes(xbar.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"xbar has shape {tuple(xbar.shape)}, which does not broadcast to the data {tuple(x.shape)}")
+    return xbar.to(x)
+
+# %% ../../nbs/diffusion/01_sde.ipynb #1c55453e
 def diffuse(
     x0: Tensor,
     t: float | Tensor,
@@ -483,136 +496,6 @@ def diffuse(
     noise = _noise_like(data, noise, generator)
     shift = _prior_mean(xbar, data)
     return shift + a * (data - shift) + v**0.5 * noise, noise
-
-
-def _prior_mean(xbar: float | Tensor | None, x: Tensor) -> Any:
-    """Return the prior mean in the type and on the device of ``x``, after checking that it broadcasts to it."""
-    if not isinstance(xbar, Tensor):
-        return 0.0 if xbar is None else xbar
-    try:
-        fits = torch.broadcast_shapes(xbar.shape, x.shape) == x.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"xbar has shape {tuple(xbar.shape)}, which does not broadcast to the data {tuple(x.shape)}")
-    return xbar.to(x)
-
-# %% ../../nbs/diffusion/01_sde.ipynb #2a19b296
-def tweedie(
-    x: Tensor, score: Tensor, t: float | Tensor, sde: LinearSDE, *, xbar: float | Tensor | None = 0.0
-) -> Tensor:
-    """Return ``E[X_0 | X_t = x]`` from the score at x: the best guess of the data in the mean square.
-
-    ``xbar + ((x - xbar) + v(t) score) / a(t)``: Tweedie's formula.
-
-    Parameters
-    ----------
-    x : Tensor, shape (B, ...)
-        X_t.
-    score : Tensor, shape of x
-        The gradient of ``log p_t`` at x.
-    t : float or Tensor, shape (B,), in [0, 1]
-    sde : LinearSDE
-    xbar : float or Tensor, broadcastable to x
-        As in `diffuse`.
-
-    Returns
-    -------
-    Tensor, shape of x
-
-    Raises
-    ------
-    ValueError
-        If a time is outside [0, 1], or score, t or xbar does not fit x.
-
-    Examples
-    --------
-    >>> x = torch.tensor([[2.0]])
-    >>> torch.allclose(tweedie(x, -x, 0.5, VP()), VP().a(0.5) * x)  # data N(0, 1) stay N(0, 1), with the score -x
-    True
-    """
-    if score.shape != x.shape:
-        raise ValueError(f"the score has shape {tuple(score.shape)}; it needs that of x, {tuple(x.shape)}")
-    state = x.to(torch.promote_types(x.dtype, torch.float32))
-    a, v = _kernel(sde, t, state)
-    shift = _prior_mean(xbar, state)
-    return shift + ((state - shift) + v * score.to(state)) / a
-
-# %% ../../nbs/diffusion/01_sde.ipynb #ef5cac8b
-def score_matching_loss(
-    score: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    sde: LinearSDE,
-    *,
-    t: float | Tensor | None = None,
-    xbar: float | Tensor | None = None,
-    mask: Tensor | None = None,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Return the denoising score matching loss, weighted by v(t), per coordinate.
-
-    The mean over batch and coordinates of ``(sqrt(v(t)) score(x_t, t) + noise) ** 2``: Vincent's loss with the weight
-    v(t), as for the DiffVC paper's decoder. Its minimum is at the gradient of ``log p_t``.
-
-    Parameters
-    ----------
-    score : callable
-        ``score(x, t)`` with x (B, ...) and t (B,) returns a tensor like x.
-    x0 : Tensor, shape (B, ...)
-        Data.
-    sde : LinearSDE
-    t : float or Tensor, shape (B,), optional
-        Times; drawn by ``sde.draw_times`` if left out.
-    xbar : float or Tensor, broadcastable to x0, optional
-        As in `diffuse`.
-    mask : Tensor, broadcastable to x0, optional
-        1 for what counts, 0 for padding. It multiplies x_t and the terms of the sum, which is divided by what counts.
-    noise, generator
-        As in `diffuse`; times are drawn first.
-
-    Returns
-    -------
-    Tensor, scalar
-        float32 at least, whatever the score is computed in.
-
-    Raises
-    ------
-    ValueError
-        If the score has another shape than x, an item has nothing that counts, or an argument does not fit x0.
-
-    Examples
-    --------
-    >>> x0 = torch.zeros(4, 2)
-    >>> exact = lambda x, t: -x / VP().v(t)[:, None]  # all data are 0
-    >>> bool(score_matching_loss(exact, x0, VP()) < 1e-10)
-    True
-    """
-    if t is None:
-        t = sde.draw_times(len(x0), generator=generator, device=x0.device)
-    x_t, noise = diffuse(x0, t, sde, xbar=xbar, noise=noise, generator=generator)
-    times = torch.as_tensor(t).to(x_t)
-    weight = torch.ones_like(x_t) if mask is None else _mask_like(mask, x_t)
-    x_t = x_t * weight
-    estimate = score(x_t, times.expand(len(x_t)))
-    if estimate.shape != x_t.shape:
-        raise ValueError(f"the score has shape {tuple(estimate.shape)}; it needs that of x, {tuple(x_t.shape)}")
-    _, v = _kernel(sde, t, x_t)
-    return (weight * (v**0.5 * estimate.to(x_t) + noise) ** 2).sum() / weight.sum()
-
-
-def _mask_like(mask: Tensor, x: Tensor) -> Tensor:
-    """Return the mask expanded to ``x``, after checking that it fits and leaves something of every item."""
-    try:
-        full = mask.to(x).expand_as(x)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, which does not broadcast to the data {tuple(x.shape)}"
-        ) from error
-    empty = ~full.flatten(1).any(1)
-    if empty.any():
-        raise ValueError(f"the mask of item {int(empty.nonzero()[0])} is all zero: nothing of it counts; leave it out")
-    return full
 
 # %% ../../nbs/diffusion/01_sde.ipynb #bd345fc5
 class GaussianMixture:
@@ -706,3 +589,120 @@ class GaussianMixture:
         chosen = torch.multinomial(self.weights.to(source), n, replacement=True, generator=generator)
         centres = self.means[chosen.to(self.means.device)]
         return centres + self.std * _noise_like(centres, None, generator)
+
+# %% ../../nbs/diffusion/01_sde.ipynb #2a19b296
+def tweedie(
+    x: Tensor, score: Tensor, t: float | Tensor, sde: LinearSDE, *, xbar: float | Tensor | None = 0.0
+) -> Tensor:
+    """Return ``E[X_0 | X_t = x]`` from the score at x: the best guess of the data in the mean square.
+
+    ``xbar + ((x - xbar) + v(t) score) / a(t)``: Tweedie's formula.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, ...)
+        X_t.
+    score : Tensor, shape of x
+        The gradient of ``log p_t`` at x.
+    t : float or Tensor, shape (B,), in [0, 1]
+    sde : LinearSDE
+    xbar : float or Tensor, broadcastable to x
+        As in `diffuse`.
+
+    Returns
+    -------
+    Tensor, shape of x
+
+    Raises
+    ------
+    ValueError
+        If a time is outside [0, 1], or score, t or xbar does not fit x.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[2.0]])
+    >>> torch.allclose(tweedie(x, -x, 0.5, VP()), VP().a(0.5) * x)  # data N(0, 1) stay N(0, 1), with the score -x
+    True
+    """
+    if score.shape != x.shape:
+        raise ValueError(f"the score has shape {tuple(score.shape)}; it needs that of x, {tuple(x.shape)}")
+    state = x.to(torch.promote_types(x.dtype, torch.float32))
+    a, v = _kernel(sde, t, state)
+    shift = _prior_mean(xbar, state)
+    return shift + ((state - shift) + v * score.to(state)) / a
+
+# %% ../../nbs/diffusion/01_sde.ipynb #8d85a499
+def _mask_like(mask: Tensor, x: Tensor) -> Tensor:
+    """Return the mask expanded to ``x``, after checking that it fits and leaves something of every item."""
+    try:
+        full = mask.to(x).expand_as(x)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)}, which does not broadcast to the data {tuple(x.shape)}"
+        ) from error
+    empty = ~full.flatten(1).any(1)
+    if empty.any():
+        raise ValueError(f"the mask of item {int(empty.nonzero()[0])} is all zero: nothing of it counts; leave it out")
+    return full
+
+
+def score_matching_loss(
+    score: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    sde: LinearSDE,
+    *,
+    t: float | Tensor | None = None,
+    xbar: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the denoising score matching loss, weighted by v(t), per coordinate.
+
+    The mean over batch and coordinates of ``(sqrt(v(t)) score(x_t, t) + noise) ** 2``: Vincent's loss with the weight
+    v(t), as for the DiffVC paper's decoder. Its minimum is at the gradient of ``log p_t``.
+
+    Parameters
+    ----------
+    score : callable
+        ``score(x, t)`` with x (B, ...) and t (B,) returns a tensor like x.
+    x0 : Tensor, shape (B, ...)
+        Data.
+    sde : LinearSDE
+    t : float or Tensor, shape (B,), optional
+        Times; drawn by ``sde.draw_times`` if left out.
+    xbar : float or Tensor, broadcastable to x0, optional
+        As in `diffuse`.
+    mask : Tensor, broadcastable to x0, optional
+        1 for what counts, 0 for padding. It multiplies x_t and the terms of the sum, which is divided by what counts.
+    noise, generator
+        As in `diffuse`; times are drawn first.
+
+    Returns
+    -------
+    Tensor, scalar
+        float32 at least, whatever the score is computed in.
+
+    Raises
+    ------
+    ValueError
+        If the score has another shape than x, an item has nothing that counts, or an argument does not fit x0.
+
+    Examples
+    --------
+    >>> x0 = torch.zeros(4, 2)
+    >>> exact = lambda x, t: -x / VP().v(t)[:, None]  # all data are 0
+    >>> bool(score_matching_loss(exact, x0, VP()) < 1e-10)
+    True
+    """
+    if t is None:
+        t = sde.draw_times(len(x0), generator=generator, device=x0.device)
+    x_t, noise = diffuse(x0, t, sde, xbar=xbar, noise=noise, generator=generator)
+    times = torch.as_tensor(t).to(x_t)
+    weight = torch.ones_like(x_t) if mask is None else _mask_like(mask, x_t)
+    x_t = x_t * weight
+    estimate = score(x_t, times.expand(len(x_t)))
+    if estimate.shape != x_t.shape:
+        raise ValueError(f"the score has shape {tuple(estimate.shape)}; it needs that of x, {tuple(x_t.shape)}")
+    _, v = _kernel(sde, t, x_t)
+    return (weight * (v**0.5 * estimate.to(x_t) + noise) ** 2).sum() / weight.sum()
