@@ -121,6 +121,10 @@ class ContentEncoder(nn.Module):
         Average mel of each phone of :data:`oral4.diffvc.align.PHONES`.
     """
 
+    mean: Tensor
+    std: Tensor
+    table: Tensor
+
     def __init__(self, config: CompactConfig, table: Tensor | None = None):
         super().__init__()
         channels = config.encoder_channels
@@ -206,6 +210,9 @@ class Voice(nn.Module):
     its outcome is of unit length.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: CompactConfig):
         super().__init__()
         channels = config.voice_channels
@@ -245,6 +252,9 @@ class CompactDecoder(nn.Module):
 
     # differs from the paper: its U-Net gives the score itself, which grows without bound as t goes to 0.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: CompactConfig, sde: VP | None = None):
         super().__init__()
