@@ -56,7 +56,7 @@ def _returned(value: Tensor, *times: float | Tensor) -> Any:
         dtype = torch.promote_types(dtype, t.dtype)
     return value.to(tensors[0].device, dtype)
 
-# %% ../../nbs/diffusion/01_sde.ipynb #299fd89c
+# %% ../../nbs/diffusion/01_sde.ipynb #82422d17
 class LinearSDE(ABC):
     """A linear diffusion ``dX = f(t) X dt + g(t) dW`` from data, t = 0, to noise, t = 1.
 
@@ -71,7 +71,8 @@ class LinearSDE(ABC):
     which loses digits when s is close to t: override it if your process has a closed form.
 
     **Guarantees** of `VP`, `SubVP`, `VE` and `DiscreteVP`: with float times, all values are right to a relative error
-    of 1e-13, however close s and t are, as long as the times themselves are taken as exact.
+    of 1e-13, however close s and t are; times, and the ``alphas_bar`` of a chain, are taken as exact. Tested up to
+    ``b0 + b1 = 250`` and ``sigma_max / sigma_min = 1e6``.
     """
 
     @abstractmethod
@@ -410,7 +411,7 @@ def transition_reference(sde: LinearSDE, t: float, s: float) -> tuple[float, flo
 
 # %% ../../nbs/diffusion/01_sde.ipynb #88e4fc18
 def _per_item(value: Any, x: Tensor) -> Any:
-    """Return a float as it is, and a value for each item, (B,), ready to multiply ``x`` (B, ...)."""
+    """Return a number as it is, and one for each item, (B,), ready to multiply ``x`` (B, ...)."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     return value.reshape(-1, *[1] * (x.dim() - 1))
@@ -419,8 +420,10 @@ def _per_item(value: Any, x: Tensor) -> Any:
 def _kernel(sde: LinearSDE, t: float | Tensor, x: Tensor) -> tuple[Any, Any]:
     """Return a(t) and v(t) ready to multiply ``x``, after checking the shape of t."""
     if isinstance(t, Tensor):
-        if t.dim() > 1 or (t.dim() == 1 and (x.dim() < 1 or len(t) != len(x))):
-            raise ValueError(f"t has shape {tuple(t.shape)}; give one time, or one for each of the {len(x)} items")
+        if t.dim() > 0 and t.shape != x.shape[:1]:
+            raise ValueError(
+                f"t has shape {tuple(t.shape)} for data of {tuple(x.shape)}; give one time, or one for each item: (B,)"
+            )
         t = _checked_time(t)[0]  # float64: the coefficients are then as good as x, whatever type the times are of
     a, v = (value.to(x) if isinstance(value, Tensor) else value for value in (sde.a(t), sde.v(t)))
     return _per_item(a, x), _per_item(v, x)
@@ -497,7 +500,7 @@ def diffuse(
     shift = _prior_mean(xbar, data)
     return shift + a * (data - shift) + v**0.5 * noise, noise
 
-# %% ../../nbs/diffusion/01_sde.ipynb #bd345fc5
+# %% ../../nbs/diffusion/01_sde.ipynb #dd795774
 class GaussianMixture:
     """A mixture of round Gaussians, whose score is known at every time: an oracle for solvers and networks.
 
@@ -584,7 +587,9 @@ class GaussianMixture:
         return self._result(mean, x), self._result(self.std**2 * shrink + shrink**2 * spread, x)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``n`` draws of the data, (n, D), in the type of the means."""
+        """Return ``n`` draws of the data, (n, D), in the type of the means. ValueError if n < 1."""
+        if n < 1:
+            raise ValueError(f"n = {n}; draw at least one")
         source = generator.device if generator is not None else self.means.device
         chosen = torch.multinomial(self.weights.to(source), n, replacement=True, generator=generator)
         centres = self.means[chosen.to(self.means.device)]
@@ -686,7 +691,8 @@ def score_matching_loss(
     Raises
     ------
     ValueError
-        If the score has another shape than x, an item has nothing that counts, or an argument does not fit x0.
+        If the score has another shape than x, the batch is empty, an item has nothing that counts, or an argument does
+        not fit x0.
 
     Examples
     --------
@@ -695,6 +701,8 @@ def score_matching_loss(
     >>> bool(score_matching_loss(exact, x0, VP()) < 1e-10)
     True
     """
+    if x0.dim() == 0 or not x0.numel():
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}; give a batch (B, ...) with something in it")
     if t is None:
         t = sde.draw_times(len(x0), generator=generator, device=x0.device)
     x_t, noise = diffuse(x0, t, sde, xbar=xbar, noise=noise, generator=generator)

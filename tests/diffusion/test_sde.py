@@ -447,11 +447,12 @@ def test_prior_mean_may_have_any_shape_that_broadcasts():
         ({"t": torch.full((3,), 0.5)}, r"t has shape \(3,\)"),
         ({"t": torch.full((4, 1), 0.5)}, r"t has shape \(4, 1\)"),
         ({"t": 0.5, "noise": torch.zeros(4)}, r"noise has shape \(4,\)"),
+        ({"t": torch.tensor([0.5]), "x0": torch.zeros(())}, r"t has shape \(1,\) for data of \(\)"),
     ],
 )
 def test_diffuse_refuses(arguments, said):
     with pytest.raises(ValueError, match=said):
-        diffuse(torch.zeros(4, 2), sde=VP(), **arguments)
+        diffuse(**{"x0": torch.zeros(4, 2), "sde": VP(), **arguments})
 
 
 # --- mixtures and Tweedie -------------------------------------------------------------------------------------------
@@ -582,6 +583,8 @@ def test_mixture_refuses_points_without_density_and_wrong_shapes():
     for x in (torch.zeros(2), torch.zeros(4, 3)):
         with pytest.raises(ValueError, match=r"give \(B, 2\)"):
             points.log_prob(x, 0.5, VP())
+    with pytest.raises(ValueError, match="n = 0"):
+        points.sample(0)
     assert repr(points) == "GaussianMixture(K=3, D=2, std=0.0)"
     with pytest.raises(ValueError, match="score has shape"):
         tweedie(torch.zeros(2, 3), torch.zeros(2, 1), 0.5, VP())
@@ -723,8 +726,38 @@ def test_loss_trains():
         ({"t": torch.tensor([0.1, 0.2])}, "t has shape"),
         ({"t": 1.5}, "t = 1.5"),
         ({"xbar": torch.zeros(5)}, "xbar has shape"),
+        ({"x0": torch.zeros(0, 2)}, r"x0 has shape \(0, 2\); give a batch"),
+        ({"x0": torch.zeros(())}, r"x0 has shape \(\); give a batch"),
     ],
 )
 def test_loss_refuses(arguments, said):
     with pytest.raises(ValueError, match=said):
         score_matching_loss(**{"score": lambda x, t: -x, "x0": torch.zeros(4, 2), "sde": VP(), **arguments})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """The same numbers as on the CPU, for one seed, on the device of the data."""
+    for sde in ALL:
+        here = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+        there = here.cuda()
+        for found, expected in zip(sde.transition(there, 0.125), sde.transition(here, 0.125), strict=True):
+            assert found.is_cuda
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-14, atol=0)
+        x0, xbar = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+        mixture = GaussianMixture(MEANS.cuda(), 0.3, WEIGHTS.cuda())
+        states, losses = [], []
+        for device in ("cpu", "cuda"):
+            x_t, noise = diffuse(
+                x0.to(device), here, sde, xbar=xbar, generator=torch.Generator().manual_seed(1)
+            )  # times and mean on the CPU
+            assert x_t.device.type == noise.device.type == device
+            states += [x_t.cpu(), mixture.score(x_t, here, sde).cpu(), mixture.posterior(x_t, 0.5, sde)[1].cpu()]
+            losses.append(
+                score_matching_loss(
+                    lambda x, t: -x, x0.to(device), sde, xbar=xbar, generator=torch.Generator().manual_seed(2)
+                ).item()
+            )
+        for one, other in zip(states[:3], states[3:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # float32
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
