@@ -173,6 +173,14 @@ def _mels(first: Any, second: Any) -> tuple[list[Tensor], str]:
     return [log_mel(prepare_wave(sound, preset, min_seconds=0.1), preset) for sound in sounds], preset
 
 # %% ../../nbs/diffvc/08_metrics.ipynb #badca634
+def _bhattacharyya(mean: Tensor, cov: Tensor, other_mean: Tensor, other_cov: Tensor) -> float:
+    """Return minus the logarithm of the overlap of two Gaussians, the integral of the root of their product."""
+    between, middle = mean - other_mean, (cov + other_cov) / 2
+    means = between @ torch.linalg.solve(middle, between) / 8
+    spreads = torch.logdet(middle) - (torch.logdet(cov) + torch.logdet(other_cov)) / 2
+    return float(means + spreads / 2)
+
+
 def voice_distance(first: Any, second: Any, *, num_cepstra: int = 16) -> float:
     """Return how far apart two voices are by the statistics of their cepstra: no network, nothing learned.
 
@@ -212,13 +220,8 @@ def voice_distance(first: Any, second: Any, *, num_cepstra: int = 16) -> float:
             raise DataError(
                 f"voice_distance: {cepstra.shape[1]} frames of speech; {num_cepstra} coefficients need at least {3 * num_cepstra}"
             )
-        laws.append((cepstra.mean(1), torch.cov(cepstra)))
-    (mean, cov), (other_mean, other_cov) = laws
-    between, ridge = mean - other_mean, 1e-4 * torch.eye(num_cepstra, dtype=torch.float64)
-    middle = (cov + other_cov) / 2 + ridge
-    means = between @ torch.linalg.solve(middle, between) / 8
-    spreads = torch.logdet(middle) - (torch.logdet(cov + ridge) + torch.logdet(other_cov + ridge)) / 2
-    return max(0.0, float(means + spreads / 2))
+        laws.append((cepstra.mean(1), torch.cov(cepstra) + 1e-4 * torch.eye(num_cepstra, dtype=torch.float64)))
+    return max(0.0, _bhattacharyya(*laws[0], *laws[1]))
 
 # %% ../../nbs/diffvc/08_metrics.ipynb #806ddcba
 def dtw_reference(cost: np.ndarray) -> float:
@@ -359,25 +362,30 @@ def mcd_dtw(first: Any, second: Any, *, num_cepstra: int = 13, range_db: float =
 # %% ../../nbs/diffvc/08_metrics.ipynb #b218f458
 _STEPS_PER_OCTAVE = 48
 """Pitches that are tried, a quarter of a semitone apart."""
+_FINER = 4
+"""Lags for each sample."""
 
 
 def _periodicity(frames: Tensor, longest: int) -> Tensor:
-    """Return how badly each frame repeats after each lag: the normalised difference function of YIN, (T, longest + 1)."""
-    size = frames.shape[1] - longest  # samples compared at every lag
-    spectrum = torch.fft.rfft(frames, 2 * frames.shape[1])
-    head = torch.fft.rfft(frames[:, :size], 2 * frames.shape[1])
-    product = torch.fft.irfft(head.conj() * spectrum, 2 * frames.shape[1])[:, : longest + 1]
+    """Return how badly each frame repeats after each lag, every quarter of a sample: (T, 4 longest + 1).
+
+    The normalised difference function of YIN, equation (8) there. Zeros behind the spectrum give the values between the
+    samples exactly, so that a high voice has as sharp a dip as a low one.
+    """
+    size, padded = frames.shape[1] - longest, 2 * frames.shape[1]  # `size` samples are compared at every lag
+    cross = torch.fft.rfft(frames[:, :size], padded).conj() * torch.fft.rfft(frames, padded)
+    product = _FINER * torch.fft.irfft(cross, _FINER * padded)[:, : _FINER * longest + 1]
     energy = F.pad(frames.square().cumsum(1), (1, 0))
     energy = energy[:, size : size + longest + 1] - energy[:, : longest + 1]
-    difference = (energy[:, :1] + energy - 2 * product).clamp(min=0)
-    lags = torch.arange(1, longest + 1)
-    running = difference[:, 1:].cumsum(1) / lags
-    silent = energy[:, :1] <= 1e-10 * size
+    power = F.interpolate(energy[:, None], size=_FINER * longest + 1, mode="linear", align_corners=True)[:, 0]
+    difference = (power[:, :1] + power - 2 * product).clamp(min=0)
+    running = difference[:, 1:].cumsum(1) / torch.arange(1, difference.shape[1])
+    silent = power[:, :1] <= 1e-10 * size
     return F.pad(torch.where(silent, 1.0, difference[:, 1:] / running.clamp(min=1e-12)), (1, 0), value=1.0)
 
 
 def f0_track(
-    source: Any, *, low_hz: float = 60.0, high_hz: float = 500.0, hop_s: float = 0.01, threshold: float = 0.25
+    source: Any, *, low_hz: float = 60.0, high_hz: float = 500.0, hop_s: float = 0.01, threshold: float = 0.35
 ) -> np.ndarray:
     """Return the fundamental frequency every ``hop_s`` seconds, NaN where the sound is not voiced.
 
@@ -418,27 +426,25 @@ def f0_track(
     wave, rate = load_audio(source)
     if rate != 16_000:  # finer lags for a low rate, less work for a high one
         wave, rate = resample(wave, rate, 16_000), 16_000
-    shortest, longest = int(rate / high_hz), math.ceil(rate / low_hz) + 1
+    longest = math.ceil(rate / low_hz) + 2
     length, hop = 2 * longest + rate // 100, round(hop_s * rate)
     padded = F.pad(torch.from_numpy(wave).double(), (length // 2, length))
     frames = padded.unfold(0, length, hop)[: 1 + (len(wave) - 1) // hop]
     frames = frames - frames.mean(1, keepdim=True)
     misfit = _periodicity(frames, longest).numpy()  # (T, lags)
     pitches = np.arange(math.log2(low_hz), math.log2(high_hz), 1 / _STEPS_PER_OCTAVE)
-    lags = rate / 2**pitches
-    whole, part = np.floor(lags).astype(int), lags % 1
-    cost = misfit[:, whole] * (1 - part) + misfit[:, whole + 1] * part  # (T, pitches)
-    best = _smooth_path(cost)
-    lag = np.clip(np.rint(lags[best]).astype(int), shortest, longest - 1)
-    rows = np.arange(len(lag))[:, None]
-    near = np.clip(lag[:, None] + np.arange(-2, 3), 1, longest - 1)  # the path is coarse: the dip may be a lag beside it
-    lag = near[rows[:, 0], np.argmin(misfit[rows, near], axis=1)]
-    before, here, after = (misfit[rows[:, 0], lag + offset] for offset in (-1, 0, 1))
+    lags = np.rint(_FINER * rate / 2**pitches).astype(int)
+    # A sound that repeats after one period repeats after two as well: a small price for every octave further down.
+    best = _smooth_path(misfit[:, lags] + 0.02 * (pitches[-1] - pitches))
+    near = np.clip(lags[best][:, None] + np.arange(-6, 7), 1, misfit.shape[1] - 2)  # the path is coarse: the dip may be beside it
+    rows = np.arange(len(near))
+    lag = near[rows, np.argmin(misfit[rows[:, None], near], axis=1)]
+    before, here, after = (misfit[rows, lag + offset] for offset in (-1, 0, 1))
     bend = before - 2 * here + after
     shift = np.divide(before - after, 2 * bend, out=np.zeros_like(bend), where=bend > 0)
     power = frames.square().mean(1).numpy()
     voiced = (here < threshold) & (power > 1e-4 * power.max(initial=0.0))
-    return np.where(voiced, rate / (lag + np.clip(shift, -0.5, 0.5)), np.nan)
+    return np.where(voiced, _FINER * rate / (lag + np.clip(shift, -0.5, 0.5)), np.nan)
 
 
 def _smooth_path(cost: np.ndarray, jump: float = 0.02) -> np.ndarray:
@@ -661,6 +667,8 @@ def frechet_mel(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 _EAR = MelPreset(name="digit-ear", rate=8000, n_fft=256, win=200, hop=80, num_mels=40, fmin=60.0, fmax=3800.0)
 _VIEW = 48
 """Frames that a word is stretched or squeezed to."""
+_SPOKEN_DB = 38.0
+"""A word begins and ends where its loudest band comes within so many decibels of its peak."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """The words that `DigitRecogniser` knows."""
 
@@ -669,7 +677,7 @@ def _word(source: Any) -> Tensor:
     """Return the log-mel of a word without the silence around it: (bands, T)."""
     mel = log_mel(prepare_wave(source, _EAR, min_seconds=0.1), _EAR)
     loudest = mel.amax(0)
-    spoken = (loudest > loudest.max() - 28 / _DECIBELS).nonzero().flatten()
+    spoken = (loudest > loudest.max() - _SPOKEN_DB / _DECIBELS).nonzero().flatten()
     return mel[:, max(0, int(spoken[0]) - 3) : int(spoken[-1]) + 4][:, :200]
 
 
