@@ -14,14 +14,15 @@ import torch
 
 from ..measure.experiment import Experiment
 from ..train.checkpoint import load_weights, save_weights
-from . import corpus, training
+from . import corpus, study, training
 from .compact import CompactConfig, CompactDecoder, ContentEncoder, Voice
+from .convert import shipped_converter
 from .model import DiffVC
 from .speaker import SpeakerEncoder
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'shipped', 'report', 'ContentConfig', 'run_content', 'VoiceConfig', 'run_voice', 'TrainScoreConfig',
-           'run_train']
+__all__ = ['SIMILARITY', 'EXPERIMENTS', 'shipped', 'report', 'ContentConfig', 'run_content', 'VoiceConfig', 'run_voice',
+           'TrainScoreConfig', 'run_train', 'StudyConfig', 'run_convert', 'run_probe', 'run_solvers']
 
 # %% ../../nbs/diffvc/09_experiment.ipynb #1dc73644
 def shipped(name: str) -> Path:
@@ -221,6 +222,59 @@ def run_train(config: TrainScoreConfig, seed: int, *, weights: Path | None = Non
     return found
 
 # %% ../../nbs/diffvc/09_experiment.ipynb #1e12b5fb
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Size of an experiment on the converter that ships."""
+
+    pairs: int = 28
+    "Conversions between unseen readers, at most 56."
+    strings: int = 40
+    "Strings of four digits."
+    takes: int = 25
+    "Takes of each digit that the recogniser learns from and that the strings are drawn from."
+    epochs: int = 12
+    "Times that the recogniser hears every digit."
+    texts: int = 3
+    "Sentences that two variants of espeak-ng both say."
+    real: bool = True
+    "Whether people speak; otherwise variants of espeak-ng do."
+
+    @classmethod
+    def smoke(cls) -> StudyConfig:
+        """Convert a few times between synthetic voices."""
+        return cls(pairs=2, strings=1, takes=1, epochs=1, texts=1, real=False)
+
+    @classmethod
+    def mini(cls) -> StudyConfig:
+        """Convert between people: about five minutes a seed on one core."""
+        return cls()
+
+
+def run_convert(config: StudyConfig, seed: int) -> dict[str, float]:
+    """Convert between unseen people and between unseen variants of espeak-ng, and count digits that survive."""
+    converter = shipped_converter("cpu")
+    found = study.conversion_study(converter, seed=seed, real=config.real, most=config.pairs)
+    digits = study.digit_study(
+        converter, seed=seed, real=config.real, strings=config.strings, takes=config.takes, epochs=config.epochs
+    )
+    parallel = study.parallel_study(converter, seed=seed, texts=config.texts)
+    found |= {f"digits_{name}": value for name, value in digits.items()}
+    return found | {f"mcd_{name}": value for name, value in parallel.items()}
+
+
+def run_probe(config: StudyConfig, seed: int) -> dict[str, float]:
+    """Ask the average voice who spoke and what was said."""
+    content = shipped_converter("cpu").model.encoder
+    return study.probe_study(content, seed=seed, real=config.real)  # type: ignore[arg-type]
+
+
+def run_solvers(config: StudyConfig, seed: int) -> dict[str, float]:
+    """Convert the same pairs with every solver."""
+    return study.solver_study(shipped_converter("cpu"), seed=seed, real=config.real, most=config.pairs)
+
+# %% ../../nbs/diffvc/09_experiment.ipynb #bf36ea3c
+SIMILARITY = ("converted", "copied", "nobody", "prior", "transferred", "ceiling")
+
 EXPERIMENTS = (
     Experiment(
         name="diffvc/content",
@@ -251,5 +305,39 @@ EXPERIMENTS = (
         tolerance={"error": 0.05},
         better={"error": "lower"},
         weights="voices-score",
+    ),
+    Experiment(
+        name="diffvc/convert",
+        summary="Convert between unseen voices with the converter that ships, beside simpler conversions and the ceiling",
+        config=StudyConfig,
+        run=run_convert,
+        units={f"{name}_{kind}": "" for name in SIMILARITY for kind in ("target", "source", "closer")}
+        | {f"{name}_semitones": "semitones" for name in ("converted", "copied")}
+        | {f"{name}_distance": "" for name in ("converted", "copied")}
+        | {"beats_transfer": "", "rtf": ""}
+        | {f"digits_{name}": "" for name in ("recorded", "vocoded", "converted")}
+        | {f"mcd_{name}": "dB" for name in ("copied", "converted", "transferred")},
+        tolerance={"converted_target": 0.03, "converted_closer": 0.05, "ceiling_target": 0.03},
+        better={"converted_target": "higher", "converted_source": "lower", "converted_closer": "higher", "rtf": "lower"},
+    ),
+    Experiment(
+        name="diffvc/probe",
+        summary="What the average voice still tells of speaker and phones",
+        config=StudyConfig,
+        run=run_probe,
+        units=dict.fromkeys(
+            ("speaker_mel", "speaker_average", "speaker_chance", "phone_mel", "phone_average",
+             "mse_encoder", "mse_source", "mse_constant"), ""),
+        tolerance={"speaker_mel": 0.05, "phone_average": 0.05},
+        better={"speaker_average": "lower", "phone_average": "higher", "mse_encoder": "lower"},
+    ),
+    Experiment(
+        name="diffvc/solvers",
+        summary="The same conversions by each solver",
+        config=StudyConfig,
+        run=run_solvers,
+        units={f"{name}_{kind}": "" for name in study.SOLVERS for kind in ("target", "frechet")},
+        tolerance={"ml_6_target": 0.03, "ml_6_frechet": 0.1},
+        better={f"{name}_{kind}": better for name in study.SOLVERS for kind, better in (("target", "higher"), ("frechet", "lower"))},
     ),
 )
