@@ -170,7 +170,7 @@ def run_voice(config: VoiceConfig, seed: int, *, weights: Path | None = None) ->
 class TrainScoreConfig:
     """Training of the score network, by default on the content encoder and the voice print that ship."""
 
-    steps: int = 9000
+    steps: int = 7000
     "Updates."
     batch: int = 32
     "Crops in a batch."
