@@ -23,10 +23,10 @@ from ..errors import CheckpointError
 from .audio import MEL_FLOOR, PRESETS, MelPreset, check_same_preset, find_preset, mel_basis, soft_limit
 
 # %% auto #0
-__all__ = ['INVERSES', 'SLOPE', 'mel_to_magnitude', 'Frames', 'griffin_lim', 'griffin_lim_official', 'Vocoder', 'GriffinLim',
+__all__ = ['INVERSES', 'mel_to_magnitude', 'Frames', 'griffin_lim', 'griffin_lim_official', 'Vocoder', 'GriffinLim',
            'HifiGanConfig', 'ResidualBlock', 'fold_weight_norm', 'HifiGan', 'load_official_generator']
 
-# %% ../../nbs/diffvc/01_vocoder.ipynb #1e19ad42
+# %% ../../nbs/diffvc/01_vocoder.ipynb #a6e449f0
 @lru_cache(maxsize=8)
 def _inverse_matrices(preset: MelPreset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mel basis (F, bins) and its pseudo-inverse (bins, F)."""
@@ -70,7 +70,7 @@ def _linear_magnitude(mel: Tensor, preset: MelPreset, inverse: str, updates: int
             magnitude = magnitude * (basis.T @ bands) / (basis.T @ heard + tiny)
     return magnitude
 
-
+# %% ../../nbs/diffvc/01_vocoder.ipynb #c99289a2
 INVERSES = ("kl", "nnls", "pinv")
 
 
@@ -191,7 +191,7 @@ class Frames:
             wave.index_add_(-1, self.position[-margin:], padded[..., -margin:])
         return wave
 
-# %% ../../nbs/diffvc/01_vocoder.ipynb #135c29e0
+# %% ../../nbs/diffvc/01_vocoder.ipynb #c4081071
 def _start(magnitude: Tensor, seed: int | None) -> Tensor:
     """Return the first phases as complex numbers of magnitude 1; the same for every item of a batch."""
     if seed is None:
@@ -263,7 +263,7 @@ def griffin_lim(
         before = phase
     return wave.cpu().numpy()
 
-
+# %% ../../nbs/diffvc/01_vocoder.ipynb #da1494c8
 @torch.no_grad()
 def griffin_lim_official(
     mel: Tensor, preset: str | MelPreset = "hifigan-22k", *, iterations: int = 32, momentum: float = 0.99
@@ -444,8 +444,8 @@ class HifiGanConfig:
             span = (span + (kernel + rate) / 2 - 1) // rate  # whole steps of the coarser grid
         return int(span + 3)
 
-# %% ../../nbs/diffvc/01_vocoder.ipynb #fd501a9f
-SLOPE = 0.1  # of every leaky ReLU but the last
+# %% ../../nbs/diffvc/01_vocoder.ipynb #68dc654e
+_SLOPE = 0.1  # of every leaky ReLU but the last
 
 
 class ResidualBlock(nn.Module):
@@ -475,13 +475,13 @@ class ResidualBlock(nn.Module):
         """Return the features (B, channels, L)."""
         if self.kind == 2:
             for conv in self.convs:
-                x = x + conv(F.leaky_relu(x, SLOPE))
+                x = x + conv(F.leaky_relu(x, _SLOPE))
             return x
         for dilated, plain in zip(self.convs1, self.convs2, strict=True):
-            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, SLOPE)), SLOPE))
+            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, _SLOPE)), _SLOPE))
         return x
 
-
+# %% ../../nbs/diffvc/01_vocoder.ipynb #aa463cd3
 def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict in which every weight-normalised weight is one tensor again.
 
@@ -521,7 +521,7 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[key] = value
     return out
 
-
+# %% ../../nbs/diffvc/01_vocoder.ipynb #5f3c24c8
 class HifiGan(nn.Module):
     """The generator of HiFi-GAN, without weight normalisation: it is folded into the weights when they are loaded.
 
@@ -597,7 +597,7 @@ class HifiGan(nn.Module):
         x = self.conv_pre(mel)
         parallel = len(self.config.block_kernels)
         for number, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, SLOPE))
+            x = up(F.leaky_relu(x, _SLOPE))
             blocks = list(self.resblocks)[number * parallel : (number + 1) * parallel]
             total = blocks[0](x)
             for block in blocks[1:]:
@@ -627,7 +627,7 @@ class HifiGan(nn.Module):
             pieces.append(wave[(first - low) * hop : (min(first + chunk, frames) - low) * hop])
         return torch.cat(pieces).float().cpu().numpy()
 
-
+# %% ../../nbs/diffvc/01_vocoder.ipynb #498a3d20
 def load_official_generator(model: HifiGan, state: Mapping[str, Any]) -> HifiGan:
     """Load the state dict of an official HiFi-GAN generator, with or without weight normalisation; return the model.
 
