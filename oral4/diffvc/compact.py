@@ -156,7 +156,7 @@ class ContentEncoder(nn.Module):
         """Return the average voice (B, F, T) of ``mel`` (B, F, T), zero outside ``mask`` (B, 1, T)."""
         return self.average(self.phones(mel, mask))
 
-# %% ../../nbs/diffvc/06_compact.ipynb #803d16d6
+# %% ../../nbs/diffvc/06_compact.ipynb #ead2b212
 def adapted_table(
     table: Tensor, mel: Tensor, mask: Tensor, phones: Tensor, *, phone_frames: float = 8.0, bias_frames: float = 20.0
 ) -> Tensor:
@@ -202,7 +202,7 @@ def adapted_table(
     seen = torch.einsum("bpt,bft->bpf", phones, mel)
     return (seen + phone_frames * prior) / (weight + phone_frames)
 
-
+# %% ../../nbs/diffvc/06_compact.ipynb #8aa900a8
 class Voice(nn.Module):
     """Mel to voice print: convolutions, then mean and spread over the frames.
 
@@ -235,14 +235,14 @@ class Voice(nn.Module):
         spread = ((weight * (hidden - mean[..., None]) ** 2).sum(-1) + 1e-5).sqrt()
         return functional.normalize(self.leave(torch.cat([mean, spread], 1)), dim=1)
 
-# %% ../../nbs/diffvc/06_compact.ipynb #03681b89
+# %% ../../nbs/diffvc/06_compact.ipynb #38e59bd9
 def time_features(t: Tensor, width: int = 64) -> Tensor:
     """Return sines and cosines of the times (B,), shape (B, width): waves of 1/4 to 64 turns over [0, 1]."""
     frequency = 2 * math.pi * torch.logspace(-2, 6, width // 2, base=2.0, device=t.device)
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-
+# %% ../../nbs/diffvc/06_compact.ipynb #9cc395d9
 class CompactDecoder(nn.Module):
     """The score on one axis: every frame is a vector of F bands, convolutions run over time alone.
 
