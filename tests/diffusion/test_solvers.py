@@ -623,9 +623,7 @@ def test_callback_sees_every_step():
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
     assert [(step.t, step.s) for step in steps] == list(zip(uniform_times(5), uniform_times(5)[1:], strict=False))
     assert steps[0].x is x or torch.equal(steps[0].x, x)
-    assert all(torch.equal(a.x_next, b.x) for a, b in itertools.pairwise(steps)) and torch.equal(
-        steps[-1].x_next, out
-    )
+    assert all(torch.equal(a.x_next, b.x) for a, b in itertools.pairwise(steps)) and torch.equal(steps[-1].x_next, out)
     for step in steps:
         assert torch.equal(step.score, MIXTURE.score(step.x, step.t, VP()))
 
