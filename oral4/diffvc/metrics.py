@@ -223,7 +223,7 @@ def voice_distance(first: Any, second: Any, *, num_cepstra: int = 16) -> float:
         laws.append((cepstra.mean(1), torch.cov(cepstra) + 1e-4 * torch.eye(num_cepstra, dtype=torch.float64)))
     return max(0.0, _bhattacharyya(*laws[0], *laws[1]))
 
-# %% ../../nbs/diffvc/08_metrics.ipynb #806ddcba
+# %% ../../nbs/diffvc/08_metrics.ipynb #b89613e7
 def dtw_reference(cost: np.ndarray) -> float:
     """Return the least sum of costs on a path from corner to corner, by its definition.
 
@@ -244,7 +244,7 @@ def dtw_reference(cost: np.ndarray) -> float:
             best[t + 1, u + 1] = cost[t, u] + min(best[t, u], best[t, u + 1], best[t + 1, u])
     return float(best[-1, -1])
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #7295423b
 def dtw(cost: np.ndarray) -> tuple[float, np.ndarray]:
     """Return the least sum of costs and its path, a row at a time: O(T U), with a loop over T only.
 
@@ -295,7 +295,7 @@ def dtw(cost: np.ndarray) -> tuple[float, np.ndarray]:
         path.append((t, u))
     return float(best[-1, -1]), np.array(path[::-1])
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #a84a5527
 def mel_distortion(first: Tensor, second: Tensor, *, num_cepstra: int = 13, range_db: float = 60.0) -> tuple[float, np.ndarray]:
     """Return the mel-cepstral distortion of two log-mel spectrograms after time alignment, and the alignment.
 
@@ -359,7 +359,7 @@ def mcd_dtw(first: Any, second: Any, *, num_cepstra: int = 13, range_db: float =
     mels, _ = _mels(first, second)
     return mel_distortion(*mels, num_cepstra=num_cepstra, range_db=range_db)[0]
 
-# %% ../../nbs/diffvc/08_metrics.ipynb #b218f458
+# %% ../../nbs/diffvc/08_metrics.ipynb #e5485913
 _STEPS_PER_OCTAVE = 48
 """Pitches that are tried, a quarter of a semitone apart."""
 _FINER = 4
@@ -383,7 +383,7 @@ def _periodicity(frames: Tensor, longest: int) -> Tensor:
     silent = power[:, :1] <= 1e-10 * size
     return F.pad(torch.where(silent, 1.0, difference[:, 1:] / running.clamp(min=1e-12)), (1, 0), value=1.0)
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #12f3161e
 def f0_track(
     source: Any, *, low_hz: float = 60.0, high_hz: float = 500.0, hop_s: float = 0.01, threshold: float = 0.35
 ) -> np.ndarray:
@@ -398,7 +398,7 @@ def f0_track(
     low_hz, high_hz : float
         Range of the voice.
     hop_s : float
-        Seconds from frame to frame; frame i is centred on ``i * hop_s``.
+        Seconds from frame to frame; frame i is centred on ``i * hop_s``, up to 6 ms early for a high voice.
     threshold : float, in (0, 1)
         A frame is voiced if at most this share of its power does not repeat, and if it is not 40 dB below the loudest.
 
@@ -446,7 +446,7 @@ def f0_track(
     voiced = (here < threshold) & (power > 1e-4 * power.max(initial=0.0))
     return np.where(voiced, _FINER * rate / (lag + np.clip(shift, -0.5, 0.5)), np.nan)
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #ddea6402
 def _smooth_path(cost: np.ndarray, jump: float = 0.02) -> np.ndarray:
     """Return the column of each row on the path of least cost; a step sideways costs ``jump``, 24 steps at most."""
     total, source = cost[0].copy(), np.zeros(cost.shape, dtype=int)
@@ -463,7 +463,7 @@ def _smooth_path(cost: np.ndarray, jump: float = 0.02) -> np.ndarray:
         path.append(int(source[t, path[-1]]))
     return np.array(path[::-1])
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #787f1ddb
 @dataclass(frozen=True)
 class F0Stats:
     """How two melodies compare."""
@@ -542,7 +542,7 @@ def f0_stats(first: Any, second: Any, *, align: str = "time", low_hz: float = 60
         voicing_error=float(np.mean(voiced[0] != voiced[1])),
     )
 
-# %% ../../nbs/diffvc/08_metrics.ipynb #225a34c4
+# %% ../../nbs/diffvc/08_metrics.ipynb #141d5768
 def frechet_gaussian(mean: Any, cov: Any, other_mean: Any, other_cov: Any) -> float:
     """Return the squared Fréchet distance of two Gaussians: the least mean squared distance of two coupled draws.
 
@@ -582,7 +582,7 @@ def frechet_gaussian(mean: Any, cov: Any, other_mean: Any, other_cov: Any) -> fl
     distance = np.square(means[0] - means[1]).sum() + np.trace(covs[0]) + np.trace(covs[1]) - 2 * shared
     return max(0.0, float(distance))
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #aec78bd1
 def frechet(first: Any, second: Any) -> float:
     """Return the squared Fréchet distance of the Gaussians fitted to two sets of vectors.
 
@@ -610,7 +610,7 @@ def frechet(first: Any, second: Any) -> float:
     laws = [(rows.mean(0), np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)) for rows in sets]
     return frechet_gaussian(*laws[0], *laws[1])
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #b654b63f
 def frechet_bias(cov: Any, num_first: int, num_second: int) -> float:
     """Return what `frechet` gives on average for two sets of independent draws of one Gaussian, to first order.
 
@@ -636,7 +636,7 @@ def frechet_bias(cov: Any, num_first: int, num_second: int) -> float:
     spread = shares.sum() + np.trace(shares)
     return float((1 / num_first + 1 / num_second) * (values.sum() + spread))
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #36900980
 def frechet_mel(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """Return the squared Fréchet distance of the frames of two sets of log-mel spectrograms, per band.
 
@@ -663,11 +663,11 @@ def frechet_mel(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     frames = [torch.cat([mel.detach().cpu().double() for mel in mels], dim=1).T.numpy() for mels in (first, second)]
     return frechet(*frames) / frames[0].shape[1]
 
-# %% ../../nbs/diffvc/08_metrics.ipynb #efb3762d
+# %% ../../nbs/diffvc/08_metrics.ipynb #e0de092c
 _EAR = MelPreset(name="digit-ear", rate=8000, n_fft=256, win=200, hop=80, num_mels=40, fmin=60.0, fmax=3800.0)
 _VIEW = 48
 """Frames that a word is stretched or squeezed to."""
-_SPOKEN_DB = 38.0
+_SPOKEN_DB = 28.0
 """A word begins and ends where its loudest band comes within so many decibels of its peak."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """The words that `DigitRecogniser` knows."""
@@ -688,7 +688,7 @@ def _stack_words(sources: Sequence[Any]) -> tuple[Tensor, Tensor]:
     longest = int(lengths.max())
     return torch.stack([F.pad(word, (0, longest - word.shape[1]), mode="replicate") for word in words]), lengths
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #bfc8fc56
 def _views(words: Tensor, lengths: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return what the network sees: words of one length, without their loudest colour; (N, bands, 48).
 
@@ -715,7 +715,7 @@ def _views(words: Tensor, lengths: Tensor, generator: torch.Generator | None = N
     seen = torch.maximum(seen, seen.amax((1, 2), keepdim=True) - 40 / _DECIBELS)
     return seen - seen.mean(dim=2, keepdim=True)
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #a4148ffd
 class _DigitNet(nn.Module):
     """Five convolutions and a linear layer."""
 
@@ -731,7 +731,7 @@ class _DigitNet(nn.Module):
     def forward(self, seen: Tensor) -> Tensor:
         return self.head(self.body(seen[:, None]))
 
-
+# %% ../../nbs/diffvc/08_metrics.ipynb #9bbb9ad8
 class DigitRecogniser:
     """A small network that tells the ten digit words apart, made to work on speakers that it has never heard.
 

@@ -200,7 +200,7 @@ def partial_starts(num_samples: int, *, per_second: float = 1.3, coverage: float
     covered = (num_samples / HOP - starts[-1]) / PARTIAL_FRAMES
     return starts[:-1] if covered < coverage and len(starts) > 1 else starts
 
-# %% ../../nbs/diffvc/04_speaker.ipynb #4801846b
+# %% ../../nbs/diffvc/04_speaker.ipynb #4d518fb2
 WEIGHTS = "resemblyzer/pretrained.pt"
 """Name of the weights for `oral4.data.fetch.fetch`."""
 WEIGHTS_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
@@ -215,7 +215,7 @@ def _find_weights() -> Path:
             return path
     return fetch(WEIGHTS)
 
-
+# %% ../../nbs/diffvc/04_speaker.ipynb #89ac202d
 class SpeakerEncoder(nn.Module):
     """A recurrent network from speech to a point of the unit sphere with 256 dimensions, all of them positive.
 
@@ -357,7 +357,7 @@ class SpeakerEncoder(nn.Module):
             raise DataError(f"no speech: no unit of the network responds to wave {number}; listen to it")
         return mean / length
 
-
+# %% ../../nbs/diffvc/04_speaker.ipynb #7f50b382
 def _prepare(wave: Any, rate: int, trim: str | None, volume: str, name: str) -> np.ndarray:
     """Return the wave as the encoder wants it: float32, mono, 16 kHz, loud enough, without long pauses."""
     try:

@@ -75,7 +75,10 @@ def readers():
     except DataError:
         pytest.skip("the excerpt of LibriSpeech is not at hand")
     people = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [[(soundfile.read(file, stop=4 * RATE)[0], RATE) for file in sorted(person.glob("*.flac"))[:2]] for person in people]
+    return [
+        [(soundfile.read(file, stop=4 * RATE)[0], RATE) for file in sorted(person.glob("*.flac"))[:2]]
+        for person in people
+    ]
 
 
 # ---- similarity
@@ -126,7 +129,9 @@ def test_voice_distance_is_a_distance_of_laws():
     assert distance > 0.1
     assert voice_distance(second, first) == pytest.approx(distance, rel=1e-9)
     assert voice_distance(first, first) == pytest.approx(0, abs=1e-12)
-    assert voice_distance((0.1 * first[0], RATE), first) < 0.01 * distance  # the volume; the floor of the log-mel moves it a little
+    assert (
+        voice_distance((0.1 * first[0], RATE), first) < 0.01 * distance
+    )  # the volume; the floor of the log-mel moves it a little
     backwards = (first[0][::-1].copy(), RATE)
     assert voice_distance(first, backwards) < 0.1 * distance  # what is said, and when, does not count
     with pytest.raises(DataError, match=r"frames of speech; 16 coefficients need at least 48"):
@@ -142,8 +147,10 @@ def test_bhattacharyya_by_integration():
 
     for mean, var, other_mean, other_var in ((0, 1, 2, 3), (1, 0.5, 1, 4), (-1, 2, 3, 2)):
         overlap = np.sum(np.sqrt(density(mean, var) * density(other_mean, other_var))) * (x[1] - x[0])
-        law = [torch.tensor(value, dtype=torch.float64).reshape(shape) for value, shape in
-               ((mean, (1,)), (var, (1, 1)), (other_mean, (1,)), (other_var, (1, 1)))]
+        law = [
+            torch.tensor(value, dtype=torch.float64).reshape(shape)
+            for value, shape in ((mean, (1,)), (var, (1, 1)), (other_mean, (1,)), (other_var, (1, 1)))
+        ]
         assert metrics._bhattacharyya(*law) == pytest.approx(-math.log(overlap), abs=1e-6)
 
 
@@ -179,16 +186,26 @@ def test_equal_error_rate_properties(same, different):
     rate, threshold = equal_error_rate(same, different)
     assert 0 <= rate <= 1
     # growing changes of the scores keep it; exchanging the sets with the sign turned keeps it too
-    assert equal_error_rate([3 * s + 7 for s in same], [3 * d + 7 for d in different])[0] == pytest.approx(rate, abs=1e-12)
+    assert equal_error_rate([3 * s + 7 for s in same], [3 * d + 7 for d in different])[0] == pytest.approx(
+        rate, abs=1e-12
+    )
     assert equal_error_rate([-d for d in different], [-s for s in same])[0] == pytest.approx(rate, abs=1e-12)
     # the two error rates cross there: just below the threshold too few of the same voice are refused, above too many
-    below, above = (np.mean(np.array(same) < threshold + step) - np.mean(np.array(different) >= threshold + step) for step in (-1e-6, 1e-6))
+    below, above = (
+        np.mean(np.array(same) < threshold + step) - np.mean(np.array(different) >= threshold + step)
+        for step in (-1e-6, 1e-6)
+    )
     assert below <= 1e-9 or above >= -1e-9
-    sides = [(np.mean(np.array(same) < t), np.mean(np.array(different) >= t)) for t in sorted({*same, *different, max(*same, *different) + 1})]
+    sides = [
+        (np.mean(np.array(same) < t), np.mean(np.array(different) >= t))
+        for t in sorted({*same, *different, max(*same, *different) + 1})
+    ]
     assert min(max(pair) for pair in sides) >= rate - 1e-9 and max(min(pair) for pair in sides) <= rate + 1e-9
 
 
-@pytest.mark.parametrize(("same", "different", "name"), [([], [1], "same"), ([1], [], "different"), ([1, math.nan], [1], "same")])
+@pytest.mark.parametrize(
+    ("same", "different", "name"), [([], [1], "same"), ([1], [], "different"), ([1, math.nan], [1], "same")]
+)
 def test_equal_error_rate_refuses(same, different, name):
     with pytest.raises(ValueError, match=f"{name} holds"):
         equal_error_rate(same, different)
@@ -260,7 +277,9 @@ def test_distortion_of_a_known_change():
     first = torch.zeros(40, 6)
     centre = (torch.arange(40) + 0.5) * math.pi / 40
     second = first + 0.3 * torch.cos(2 * centre)[:, None]
-    assert mel_distortion(first, second)[0] == pytest.approx(10 / math.log(10) * math.sqrt(2) * 0.3, rel=1e-5)  # float32 input
+    assert mel_distortion(first, second)[0] == pytest.approx(
+        10 / math.log(10) * math.sqrt(2) * 0.3, rel=1e-5
+    )  # float32 input
 
 
 def test_distortion_ignores_volume_and_tempo_but_not_silence():
@@ -283,7 +302,9 @@ def test_distortion_of_sounds():
     far = mcd_dtw((wave, RATE), (syllables(5), RATE))
     near = mcd_dtw((wave, RATE), (wave + 0.02 * syllables(6), RATE))
     assert 0 < near < far
-    narrow = mcd_dtw((wave, RATE), (syllables(5, rate=8000), 8000))  # compared below 4 kHz, without a warning or an error
+    narrow = mcd_dtw(
+        (wave, RATE), (syllables(5, rate=8000), 8000)
+    )  # compared below 4 kHz, without a warning or an error
     assert np.isfinite(narrow) and narrow > 0
     with pytest.raises(ValueError, match=r"\(40, 3\) and \(80, 3\)"):
         mel_distortion(torch.zeros(40, 3), torch.zeros(80, 3))
@@ -351,7 +372,14 @@ def test_f0_survives_noise():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"low_hz": 10}, {"low_hz": 200, "high_hz": 100}, {"high_hz": 3000}, {"threshold": 0}, {"threshold": 1}, {"hop_s": 0}],
+    [
+        {"low_hz": 10},
+        {"low_hz": 200, "high_hz": 100},
+        {"high_hz": 3000},
+        {"threshold": 0},
+        {"threshold": 1},
+        {"hop_s": 0},
+    ],
 )
 def test_f0_refuses(arguments):
     with pytest.raises(ValueError, match=rf"{next(iter(arguments))}={next(iter(arguments.values()))}"):
@@ -429,8 +457,12 @@ def test_frechet_equals_the_matrix_root(seed, rank):
         root = linalg.sqrtm(cov @ other_cov)
     expected = np.sum((mean - other_mean) ** 2) + np.trace(cov + other_cov - 2 * np.real(root))
     found = frechet_gaussian(mean, cov, other_mean, other_cov)
-    assert found == pytest.approx(expected, abs=1e-5 * np.trace(cov + other_cov))  # sqrtm of a singular matrix is the poorer one
-    assert frechet_gaussian(other_mean, other_cov, mean, cov) == pytest.approx(found, abs=1e-6 * np.trace(cov + other_cov))
+    assert found == pytest.approx(
+        expected, abs=1e-5 * np.trace(cov + other_cov)
+    )  # sqrtm of a singular matrix is the poorer one
+    assert frechet_gaussian(other_mean, other_cov, mean, cov) == pytest.approx(
+        found, abs=1e-6 * np.trace(cov + other_cov)
+    )
     turn, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(5, 5)))
     turned = frechet_gaussian(turn @ mean, turn @ cov @ turn.T, turn @ other_mean, turn @ other_cov @ turn.T)
     assert turned == pytest.approx(found, abs=1e-6 * np.trace(cov + other_cov))
@@ -443,7 +475,9 @@ def test_frechet_of_draws_is_the_distance_plus_the_bias():
     found = np.array([frechet(*pair) for pair in draws])
     error = found.std() / math.sqrt(len(found))
     expected = frechet_bias(cov, 200, 300)
-    assert abs(found.mean() - expected) < 4 * error + 0.03 * expected  # the formula leaves out the next order, about 1/200
+    assert (
+        abs(found.mean() - expected) < 4 * error + 0.03 * expected
+    )  # the formula leaves out the next order, about 1/200
     apart = np.mean([frechet(first, second + 1) for first, second in draws])
     assert apart == pytest.approx(4 + expected, rel=0.05)
 
@@ -519,7 +553,9 @@ def test_silence_around_a_word_volume_and_offset_do_not_count(recogniser):
     padded = recogniser.probabilities([(np.concatenate([pause, wave, pause]), rate)])
     assert float((padded - expected).abs().max()) < 0.1  # the hop falls elsewhere
     for same in ((0.3 * wave, rate), (wave + 0.05, rate)):
-        torch.testing.assert_close(recogniser.probabilities([same]), expected, rtol=0, atol=0.02)  # the floor of the log-mel
+        torch.testing.assert_close(
+            recogniser.probabilities([same]), expected, rtol=0, atol=0.02
+        )  # the floor of the log-mel
 
 
 def test_fitting_is_reproducible_and_leaves_the_random_state(tmp_path):
@@ -571,8 +607,15 @@ def test_an_unseen_speaker_is_understood(digits, unseen):
 
 def test_real_digits_are_learnt(digits):
     """Few takes of two speakers: other takes of them are understood far above chance."""
+
     def takes(numbers):
-        return map(list, zip(*[(digits(digit, who, take), digit) for digit in range(10) for who in (1, 4) for take in numbers], strict=True))
+        return map(
+            list,
+            zip(
+                *[(digits(digit, who, take), digit) for digit in range(10) for who in (1, 4) for take in numbers],
+                strict=True,
+            ),
+        )
 
     recogniser = DigitRecogniser.fit(*takes(range(6)), epochs=12, batch_size=32)
     assert recogniser.accuracy(*takes(range(8, 12))) > 0.7

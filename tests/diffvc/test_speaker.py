@@ -1,5 +1,6 @@
 """The speaker encoder: equal to the reference outputs, batched or not, and firm about silence."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def test_windows_are_those_of_the_reference():
 @given(st.integers(1, 400_000), st.floats(0.625, 20), st.floats(0.01, 1))
 def test_windows_cover_the_wave(num_samples, per_second, coverage):
     starts = partial_starts(num_samples, per_second=per_second, coverage=coverage)
-    assert starts[0] == 0 and all(0 < b - a <= 160 for a, b in zip(starts, starts[1:], strict=False))
+    assert starts[0] == 0 and all(0 < b - a <= 160 for a, b in itertools.pairwise(starts))
     left_over = num_samples - (starts[-1] + 160) * 160
     assert left_over <= coverage * 160 * 160  # what no window hears is less than the share that a window needs
     if len(starts) > 1:
@@ -203,7 +204,10 @@ def test_points_are_those_of_the_reference(trained):
 
 
 def test_many_equal_one_by_one(anyhow):
-    waves = [vowels(seconds, rate, seed=seed) for seed, (seconds, rate) in enumerate([(0.6, 16_000), (5.3, 8000), (2.0, 44_100)])]
+    waves = [
+        vowels(seconds, rate, seed=seed)
+        for seed, (seconds, rate) in enumerate([(0.6, 16_000), (5.3, 8000), (2.0, 44_100)])
+    ]
     rates = [16_000, 8000, 44_100]
     together = anyhow.embed_many(waves, rates, batch_size=2)
     alone = torch.stack([anyhow.embed(wave, rate) for wave, rate in zip(waves, rates, strict=True)])
@@ -218,7 +222,9 @@ def test_the_form_of_the_samples_does_not_matter(anyhow):
     wave = np.round(vowels(1.5) * 32768) / 32768
     expected = anyhow.embed(wave, RATE)
     for same in ((wave * 32768).astype(np.int16), wave.astype(np.float64), np.stack([wave, wave]), wave + 0.1):
-        torch.testing.assert_close(anyhow.embed(same, RATE), expected, rtol=0, atol=1e-5)  # rounding of the mean in float32
+        torch.testing.assert_close(
+            anyhow.embed(same, RATE), expected, rtol=0, atol=1e-5
+        )  # rounding of the mean in float32
     other = anyhow.embed(np.stack([wave, -0.5 * wave]), RATE)  # the mean of both is a quarter, not the first channel
     torch.testing.assert_close(other, anyhow.embed(0.25 * wave, RATE), rtol=0, atol=1e-5)
 
@@ -229,7 +235,9 @@ def test_volume_raised_and_set(anyhow):
     loud, soft = anyhow.embed(wave, RATE), anyhow.embed(0.3 * wave, RATE)
     assert float((loud - soft).abs().max()) > 1e-4  # "raise" lets the level through, ten times what is equal below
     torch.testing.assert_close(anyhow.embed(0.03 * wave, RATE), anyhow.embed(0.01 * wave, RATE), rtol=0, atol=1e-5)
-    torch.testing.assert_close(anyhow.embed(wave, RATE, volume="set"), anyhow.embed(0.03 * wave, RATE), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        anyhow.embed(wave, RATE, volume="set"), anyhow.embed(0.03 * wave, RATE), rtol=0, atol=1e-5
+    )
     with pytest.raises(ValueError, match=r"volume='up'.*raise.*set"):
         anyhow.embed(wave, RATE, volume="up")
 
@@ -314,7 +322,7 @@ def test_without_the_package_the_file_is_fetched(monkeypatch):
     asked = []
     monkeypatch.setattr(speaker.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(speaker, "fetch", lambda name: asked.append(name) or Path("/nowhere/pretrained.pt"))
-    with pytest.raises(CheckpointError, match="pretrained.pt is not a file"):
+    with pytest.raises(CheckpointError, match=r"pretrained\.pt is not a file"):
         SpeakerEncoder.from_resemblyzer()
     assert asked == ["resemblyzer/pretrained.pt"]
 
