@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from oral4.data.fetch import fetch
-from oral4.diffvc.align import PhoneSpan, espeak_say, espeak_voices, flite_say
+from oral4.diffvc.align import PhoneSpan, espeak_say, espeak_voices, flite_say, read_textgrid
 from oral4.diffvc.audio import PRESETS, load_audio, resample
 from oral4.errors import DataError
 
@@ -138,6 +138,8 @@ class Utterance:
     "When each phone was said, where known."
     text: str | None = None
     "What was said, where known."
+    name: str | None = None
+    "Name of the recording, where it comes from a folder."
 
     @property
     def seconds(self) -> float:
@@ -351,8 +353,6 @@ def read_folder(folder: str | Path, preset: str = "hifigan-22k") -> Iterator[Utt
     DataError
         If there is no ``wavs`` folder in it, or no recording.
     """
-    from oral4.diffvc.align import read_textgrid
-
     folder = Path(folder)
     rate = PRESETS[preset].rate
     paths = sorted(path for kind in ("*.wav", "*.flac") for path in (folder / "wavs").glob(f"*/{kind}"))
@@ -364,4 +364,4 @@ def read_folder(folder: str | Path, preset: str = "hifigan-22k") -> Iterator[Utt
         if spans is not None and any(span.phone == "spn" for span in spans):
             continue
         wave, native = load_audio(path)
-        yield Utterance(resample(wave, native, rate), rate, path.parent.name, folder.name, spans)
+        yield Utterance(resample(wave, native, rate), rate, path.parent.name, folder.name, spans, name=path.stem)
