@@ -24,7 +24,7 @@ from .masks import check_mask
 # %% auto #0
 __all__ = ['BATCH_KEYS', 'check_mel', 'evaluating', 'DiffVC', 'diffused_reference', 'build', 'load_official_state_dict']
 
-# %% ../../nbs/diffvc/05_model.ipynb #286b8e01
+# %% ../../nbs/diffvc/05_model.ipynb #18531d9a
 _ELEMENTS_AT_ONCE = 1 << 20  # mel values of references that are conditioned in one batch: bounds the memory
 
 BATCH_KEYS = ("mel", "mask", "reference", "reference_mask", "voice")
@@ -55,6 +55,8 @@ def check_mel(name: str, mel: Tensor, mask: Tensor) -> None:
     """
     if mel.dim() != 3 or not mel.is_floating_point():
         raise ValueError(f"{name} is {mel.dtype} {tuple(mel.shape)}; give a float tensor (B, F, T)")
+    if mask is None:
+        raise ValueError(f"{name}: mask is None; give (B, 1, T), ones if nothing is padded")
     try:
         check_mask(mel, mask)
     except ValueError as error:
@@ -219,7 +221,7 @@ class DiffVC(nn.Module):
         reference, reference_mask = batch.get("reference"), batch.get("reference_mask")
         check_mel("mel", mel, mask)
         xbar = batch["xbar"] if "xbar" in batch else self.average_voice(mel, mask)
-        reference_xbar = self._reference_xbar(reference, reference_mask, batch.get("reference_xbar"))
+        reference_xbar = self._reference_xbar(len(mel), reference, reference_mask, batch.get("reference_xbar"))
 
         def score(x: Tensor, time: Tensor) -> Tensor:
             seen = self._seen(reference, reference_mask, reference_xbar, time, generator)
@@ -264,12 +266,12 @@ class DiffVC(nn.Module):
         """
         if len(times) == 0:
             raise ValueError("times is empty; give at least one time in [0, 1]")
-        reference_xbar = self._reference_xbar(reference, reference_mask, reference_xbar)
         items = len(voice)
+        reference_xbar = self._reference_xbar(items, reference, reference_mask, reference_xbar)
         at_once = len(times) if reference is None else max(1, _ELEMENTS_AT_ONCE // reference.numel())
         found = []
         for first in range(0, len(times), at_once):
-            part = torch.tensor([float(t) for t in times[first : first + at_once]]).to(voice)
+            part = torch.tensor([float(t) for t in times[first : first + at_once]], dtype=torch.float64).to(voice)
             t = part.repeat_interleave(items)  # (n * B,)
             y, y_mask, ybar = (
                 None if x is None else x.repeat(len(part), 1, 1) for x in (reference, reference_mask, reference_xbar)
@@ -402,13 +404,19 @@ class DiffVC(nn.Module):
                 data_var=data_var, tau=tau, mask=mask, callback=callback,
             )  # fmt: skip
 
-    def _reference_xbar(self, reference: Tensor | None, mask: Tensor | None, known: Tensor | None) -> Tensor | None:
+    def _reference_xbar(
+        self, items: int, reference: Tensor | None, mask: Tensor | None, known: Tensor | None
+    ) -> Tensor | None:
         """Return the reference's average voice, or None if the decoder needs none; check what was given."""
         if self._painter.needs_reference == "none":
             return None
         if reference is None or mask is None:
             raise ValueError(f"the decoder needs a reference ({self._painter.needs_reference}); give its mel and its mask")
         check_mel("reference", reference, mask)
+        if len(reference) != items:
+            raise ValueError(f"reference holds {len(reference)} items; give {items}, one for each voice")
+        if known is not None and known.shape != reference.shape:
+            raise ValueError(f"reference_xbar has shape {tuple(known.shape)}; give that of reference, {tuple(reference.shape)}")
         return self.average_voice(reference, mask) if known is None else known
 
     def _seen(

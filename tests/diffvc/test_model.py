@@ -271,7 +271,7 @@ def test_loss_takes_cached_average_voices():
 @pytest.mark.parametrize("noise", [False, True])
 def test_loss_is_a_function_of_the_generator(noise):
     model, batch = tiny(reference_noise=noise), some_batch()
-    give = lambda seed: float(model.loss(batch, torch.Generator().manual_seed(seed), speaker_dropout=0.5))
+    give = lambda seed: model.loss(batch, torch.Generator().manual_seed(seed), speaker_dropout=0.5).item()
     assert give(1) == give(1) != give(2)
 
 
@@ -405,6 +405,10 @@ def test_conditions_of_all_times_are_those_of_each(monkeypatch):
         torch.testing.assert_close(together[index], model.conditions(*arguments, [t])[0], rtol=0, atol=1e-5)
     monkeypatch.setattr(model_module, "_ELEMENTS_AT_ONCE", 1)
     torch.testing.assert_close(model.conditions(*arguments, times), together, rtol=0, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=re.escape("reference_xbar has shape (2, 16, 1); give that of reference, (2, 16, 9)")
+    ):
+        model.conditions(*arguments, times, reference_xbar=torch.zeros(2, 16, 1))
     with pytest.raises(ValueError, match="times is empty"):
         model.conditions(*arguments, [])
     with pytest.raises(ValueError, match=re.escape("the decoder needs a reference (point); give its mel and its mask")):
@@ -584,6 +588,11 @@ def test_sampling_refuses(options, message):
         ({"voice": torch.zeros(1, 12)}, "voice has shape (1, 12); give (2, E)"),
         ({"reference_mask": torch.zeros(2, 1, 9)}, "reference: item 0 of the batch is padding only"),
         ({"reference": None}, "the decoder needs a reference (point)"),
+        ({"mask": None}, "mel: mask is None; give (B, 1, T), ones if nothing is padded"),
+        (
+            {"reference": torch.zeros(1, 16, 9), "reference_mask": torch.ones(1, 1, 9)},
+            "reference holds 1 items; give 2",
+        ),
     ],
 )
 def test_sampling_refuses_inputs(change, message):
