@@ -238,8 +238,8 @@ class Voice(nn.Module):
 # %% ../../nbs/diffvc/06_compact.ipynb #38e59bd9
 def time_features(t: Tensor, width: int = 64) -> Tensor:
     """Return sines and cosines of the times (B,), shape (B, width): waves of 1/4 to 64 turns over [0, 1]."""
-    frequency = 2 * math.pi * torch.logspace(-2, 6, width // 2, base=2.0, device=t.device)
-    angle = t.float()[:, None] * frequency
+    frequency = 2 * math.pi * torch.logspace(-2, 6, width // 2, base=2.0).to(t)
+    angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 # %% ../../nbs/diffvc/06_compact.ipynb #9cc395d9
@@ -319,7 +319,7 @@ class CompactDecoder(nn.Module):
         condition = g + self.time(time_features(t))
         for block in self.blocks:
             hidden = block(hidden, mask, condition)
-        return self.leave(self.norm(hidden)).float()
+        return self.leave(self.norm(hidden)).to(x.dtype)
 
     def forward(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor:
         """Return the score (B, F, T) of ``x`` (B, F, T) at times ``t`` (B,) given ``xbar`` (B, F, T) and ``g`` (B, G)."""

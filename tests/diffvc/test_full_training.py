@@ -1,4 +1,4 @@
-"""Training of the paper's networks from folders: layout, crops, a whole run at a tiny size, and going on after a stop."""
+"""Training of the paper's networks from folders: layout, crops, a whole run at a tiny size, going on after a stop."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,13 @@ from oral4.diffvc.model import DiffVC
 from oral4.errors import DataError
 
 TINY = FullTrainConfig(
-    encoder_epochs=2, decoder_epochs=1, encoder_batch=2, decoder_batch=2, precision="fp32", workers=0, checkpoint_every=1
+    encoder_epochs=2,
+    decoder_epochs=1,
+    encoder_batch=2,
+    decoder_batch=2,
+    precision="fp32",
+    workers=0,
+    checkpoint_every=1,
 )
 
 
@@ -25,7 +31,11 @@ def write_textgrid(path, spans):
     lines += ['        name = "phones"', "        xmin = 0", f"        xmax = {spans[-1].end_s}"]
     lines += [f"        intervals: size = {len(spans)}"]
     for index, span in enumerate(spans, 1):
-        lines += [f"        intervals [{index}]:", f"            xmin = {span.start_s}", f"            xmax = {span.end_s}"]
+        lines += [
+            f"        intervals [{index}]:",
+            f"            xmin = {span.start_s}",
+            f"            xmax = {span.end_s}",
+        ]
         lines += [f'            text = "{span.phone}"']
     path.write_text("\n".join(lines) + "\n")
 
@@ -119,7 +129,9 @@ def test_encoder_and_decoder_train(folder):
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
     whole, parted = tiny_encoder(), tiny_encoder()
     train_encoder(whole, prepared(folder), TINY, directory=tmp_path / "whole")
-    train_encoder(parted, prepared(folder), TINY, directory=tmp_path / "parted", callbacks=[lambda row: row["step"] >= 2])
+    train_encoder(
+        parted, prepared(folder), TINY, directory=tmp_path / "parted", callbacks=[lambda row: row["step"] >= 2]
+    )
     again = tiny_encoder()
     train_encoder(again, prepared(folder), TINY, directory=tmp_path / "parted", resume=True)
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
@@ -135,7 +147,9 @@ def test_the_experiment_runs_on_a_folder(folder, tmp_path, monkeypatch):
     from oral4.diffvc.speaker import SpeakerEncoder
 
     monkeypatch.setattr(SpeakerEncoder, "from_resemblyzer", classmethod(lambda cls: cls()))
-    config = TrainScoreConfig(network="paper", trained_parts=False, data=str(folder), directory=str(tmp_path), full=TINY)
+    config = TrainScoreConfig(
+        network="paper", trained_parts=False, data=str(folder), directory=str(tmp_path), full=TINY
+    )
     found = run_train(config, 0, weights=tmp_path / "model.safetensors")
     assert np.isfinite(found["error"]) and (tmp_path / "model.safetensors").is_file()
 
