@@ -735,7 +735,7 @@ def write_wav(path: str | PathLike[str], wave: Any, rate: int) -> Path:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
-# %% ../../nbs/diffvc/01_audio.ipynb #4e0b648e
+# %% ../../nbs/diffvc/01_audio.ipynb #808c6073
 def spectral_subtraction(
     synth: Tensor,
     source: Tensor,
@@ -769,7 +769,7 @@ def spectral_subtraction(
     Returns
     -------
     Tensor, shape (F, T)
-        In the type of ``synth``; computed in float64.
+        In the type and on the device of ``synth``; computed in float64.
 
     Raises
     ------
@@ -788,15 +788,15 @@ def spectral_subtraction(
         )
     frames = synth.shape[1]
     width = min(silence_window, frames)
-    loudness = (2 * source.double()).exp().sum(0).unfold(0, width, 1).sum(-1)  # (T - width + 1,)
+    loudness = (2 * source.cpu().double()).exp().sum(0).unfold(0, width, 1).sum(-1)  # (T - width + 1,)
     if compat:  # differs from the official code unless compat: it never tries the last stretch
         loudness = loudness[: max(1, frames - width)]
     quiet = int(loudness.argmin())
-    energy = (2 * synth.double()).exp()
+    energy = (2 * synth.cpu().double()).exp()  # on the CPU: not every device has float64
     noise = energy[:, quiet : quiet + width].amin(1)  # (F,)
     if smoothing is not None:
         padded = torch.cat([noise[:1].expand(smoothing), noise, noise[-1:].expand(smoothing + 1)])
         median = padded[: len(padded) - 1].unfold(0, 2 * smoothing + 1, 1).median(-1).values
         # differs from the official code unless compat: there, band i + 1 is compared with the median around band i
         noise = torch.minimum(padded[smoothing + 1 :][: len(noise)] if compat else noise, median)
-    return 0.5 * torch.maximum(energy - noise[:, None], floor * noise[:, None]).log().to(synth.dtype)
+    return 0.5 * torch.maximum(energy - noise[:, None], floor * noise[:, None]).log().to(synth)

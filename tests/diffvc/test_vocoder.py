@@ -107,7 +107,7 @@ def test_synthesis_inverts_analysis(name, num_frames, seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("num_frames", [1, 2, 3, 9])
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 6])
 def test_synthesis_is_the_least_squares_solution(name, num_frames):
     """Against the pseudo-inverse of the whole analysis as a matrix, the reflection included."""
     frames = Frames(name, num_frames, dtype=torch.float64)
@@ -390,8 +390,8 @@ def test_checkpoints_with_weight_norm(naming, wrapped, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     model = HifiGan.from_checkpoint(tmp_path / "g_02500000", preset="hifigan-22k")
     assert not model.training
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, weights()[key], rtol=1e-6, atol=1e-9)
+    for key, value in weights().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
     explicit = HifiGan.from_checkpoint(str(tmp_path / "g_02500000"), tmp_path / "config.json")
     assert explicit.config == model.config == HifiGanConfig.from_json(CONFIG)
 
