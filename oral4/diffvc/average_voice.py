@@ -17,7 +17,7 @@ from .audio import MelPreset, find_preset
 # %% auto #0
 __all__ = ['STATS', 'mode_reference', 'column_mode', 'average_mels', 'average_target']
 
-# %% ../../nbs/diffvc/02_average_voice.ipynb #95bcfc22
+# %% ../../nbs/diffvc/02_average_voice.ipynb #ec274903
 def mode_reference(values: np.ndarray) -> np.ndarray:
     """Return the most frequent value of each column, the smallest of those that tie: by its definition.
 
@@ -47,20 +47,20 @@ def column_mode(values: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     values : array, shape (m, F), int
-        Its range of values times F is what it needs in memory.
 
     Returns
     -------
     array, shape (F,), int
     """
-    low = int(values.min())
-    width = int(values.max()) - low + 1
-    num_columns = values.shape[1]
-    places = (values.astype(np.int64) - low) + width * np.arange(num_columns)
-    counts = np.bincount(places.ravel(), minlength=width * num_columns).reshape(num_columns, width)
-    return counts.argmax(axis=1) + low
+    ordered = np.sort(values, axis=0)
+    place = np.arange(len(values))[:, None]
+    is_new = np.ones(values.shape, dtype=bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    run_start = np.maximum.accumulate(np.where(is_new, place, 0), axis=0)
+    longest = (place - run_start).argmax(axis=0)  # the first of those that tie, and values are in order
+    return np.take_along_axis(ordered, longest[None], axis=0)[0]
 
-# %% ../../nbs/diffvc/02_average_voice.ipynb #890743bb
+# %% ../../nbs/diffvc/02_average_voice.ipynb #464baa6f
 STATS = ("mode", "mean", "median")
 
 
@@ -107,7 +107,7 @@ def average_mels(
         mode: the median over the frames of each occurrence, rounded; then in each band the most frequent value over
         the occurrences, the smallest of those that tie. median: the median over the occurrences of that median, not
         rounded. mean: the mean over all frames, which minimises the squared error.
-    round_to : float, positive
+    round_to : float, at least 1e-6
         Step of the rounding before the mode. A mode of numbers that are not rounded is a matter of chance.
 
     Returns
@@ -134,8 +134,8 @@ def average_mels(
     preset = find_preset(preset)
     if stat not in STATS:
         raise ValueError(f"stat={stat!r}: choose one of {', '.join(STATS)}")
-    if not 0 < round_to < float("inf"):
-        raise ValueError(f"round_to={round_to!r}: a positive step is needed, such as 0.1")
+    if not 1e-6 <= round_to < float("inf"):
+        raise ValueError(f"round_to={round_to!r}: a step from 1e-6 on is needed, such as 0.1")
     medians: dict[str, list[np.ndarray]] = {}
     totals: dict[str, tuple[np.ndarray, int]] = {}
     steps = 1 / round_to  # exact for 0.1, so that rounding is that of np.round(x, 1)
