@@ -304,7 +304,7 @@ def _time_of(sde: LinearSDE, level: float, end: float) -> float:
         low, high = (middle, high) if _log_snr(sde, middle) > level else (low, middle)
     return (low + high) / 2
 
-# %% ../../nbs/diffusion/02_solvers.ipynb #ebcc26cd
+# %% ../../nbs/diffusion/02_solvers.ipynb #cf7bab41
 class _Place(NamedTuple):
     """The numbers of a time."""
 
@@ -333,7 +333,7 @@ def _place(sde: LinearSDE, t: float) -> _Place:
 def _point(place: _Place, state: Tensor, score: Tensor) -> _Point:
     return _Point(place, state, (state + place.v * score) / place.a)  # Tweedie's formula
 
-# %% ../../nbs/diffusion/02_solvers.ipynb #a3d861e1
+
 def _heun(
     sde: LinearSDE, t: float, s: float, state: Tensor, score: Tensor, past: list[_Point], evaluate: _Evaluate
 ) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oral4.diffusion.maximum_likelihood import ml_step
+from oral4.diffusion.maximum_likelihood import gaussian_propagate, ml_step
 from oral4.diffusion.sde import VE, VP, DiscreteVP, GaussianMixture, LinearSDE, SubVP
 from oral4.diffusion.solvers import (
     MULTISTEP,
@@ -309,6 +309,17 @@ def test_order_on_a_mixture(solver):
     errors = [float((mixture_walk(n, solver) - mixture_walk(640, "unipc_2")).square().mean().sqrt()) for n in (80, 160)]
     # walks between the centres of a mixture bend sharply; at these lengths the slopes are within 0.3 of the orders
     assert abs(slopes(errors)[0] - ORDERS[solver]) < 0.3, (errors, slopes(errors))
+
+
+@pytest.mark.parametrize("sde", [VP(), SubVP()], ids=["vp", "subvp"])  # in VE the first-order term of EM nearly vanishes
+@pytest.mark.parametrize("solver", ["em", "reverse", "ml"])
+def test_order_in_law_on_gaussian_data(solver, sde):
+    mean, variance, end = 0.5, 2.0, 0.1
+    exact = sde.a(end) ** 2 * variance + sde.v(end)
+    grids = ([*(1 - (1 - end) * i / n for i in range(n)), end] for n in (64, 128, 256))
+    errors = [abs(gaussian_propagate(sde, ONE_STEP[solver], grid, mean, variance)[1] - exact) for grid in grids]
+    # the data term that "ml" drops is of first order in its sum; 0.2 for the next term of the expansion
+    assert all(abs(slope - 1) < 0.2 for slope in slopes(errors)), (errors, slopes(errors))
 
 
 def test_multistep_end_at_zero_with_a_first_order_step():
