@@ -311,7 +311,8 @@ def test_order_on_a_mixture(solver):
     assert abs(slopes(errors)[0] - ORDERS[solver]) < 0.3, (errors, slopes(errors))
 
 
-@pytest.mark.parametrize("sde", [VP(), SubVP()], ids=["vp", "subvp"])  # in VE the first-order term of EM nearly vanishes
+# in VE the term of first order of Euler-Maruyama nearly vanishes for this law
+@pytest.mark.parametrize("sde", [VP(), SubVP()], ids=["vp", "subvp"])
 @pytest.mark.parametrize("solver", ["em", "reverse", "ml"])
 def test_order_in_law_on_gaussian_data(solver, sde):
     mean, variance, end = 0.5, 2.0, 0.1
