@@ -15,11 +15,11 @@ from .align import PhoneSpan, frame_phones
 from .audio import MelPreset, find_preset
 
 # %% auto #0
-__all__ = ['STATS', 'mode_reference', 'column_mode', 'average_mels', 'average_target']
+__all__ = ['STATS', 'column_mode', 'average_mels', 'average_target']
 
 # %% ../../nbs/diffvc/02_average_voice.ipynb #ec274903
-def mode_reference(values: np.ndarray) -> np.ndarray:
-    """Return the most frequent value of each column, the smallest of those that tie: by its definition.
+def column_mode(values: np.ndarray) -> np.ndarray:
+    """Return the most frequent value of each column, the smallest of those that tie.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def mode_reference(values: np.ndarray) -> np.ndarray:
 
     Examples
     --------
-    >>> mode_reference(np.array([[3, 5], [3, 4], [7, 5], [7, 4]])).tolist()
+    >>> column_mode(np.array([[3, 5], [3, 4], [7, 5], [7, 4]])).tolist()
     [3, 4]
     """
     modes = []
@@ -39,26 +39,6 @@ def mode_reference(values: np.ndarray) -> np.ndarray:
         candidates, counts = np.unique(column, return_counts=True)
         modes.append(candidates[counts.argmax()])  # candidates are in order, argmax takes the first
     return np.array(modes)
-
-
-def column_mode(values: np.ndarray) -> np.ndarray:
-    """Return the most frequent value of each column, the smallest of those that tie, for all columns at once.
-
-    Parameters
-    ----------
-    values : array, shape (m, F), int
-
-    Returns
-    -------
-    array, shape (F,), int
-    """
-    ordered = np.sort(values, axis=0)
-    place = np.arange(len(values))[:, None]
-    is_new = np.ones(values.shape, dtype=bool)
-    is_new[1:] = ordered[1:] != ordered[:-1]
-    run_start = np.maximum.accumulate(np.where(is_new, place, 0), axis=0)
-    longest = (place - run_start).argmax(axis=0)  # the first of those that tie, and values are in order
-    return np.take_along_axis(ordered, longest[None], axis=0)[0]
 
 # %% ../../nbs/diffvc/02_average_voice.ipynb #464baa6f
 STATS = ("mode", "mean", "median")

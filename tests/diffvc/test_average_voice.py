@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from oral4.diffvc.align import PhoneSpan, espeak_say
 from oral4.diffvc.audio import MelPreset, log_mel, resample
-from oral4.diffvc.average_voice import average_mels, average_target, column_mode, mode_reference
+from oral4.diffvc.average_voice import average_mels, average_target, column_mode
 from oral4.errors import DataError
 
 TINY = MelPreset(name="tiny", rate=100, n_fft=2, win=2, hop=2, num_mels=2, fmax=50.0)  # a frame is 0.02 s
@@ -60,8 +60,7 @@ def test_the_targets_are_the_official_ones(official):
 @settings(max_examples=100, deadline=None)
 def test_the_mode_is_that_of_the_definition(rows):
     values = np.array(rows)
-    np.testing.assert_array_equal(column_mode(values), mode_reference(values))
-    for column, mode in zip(values.T, mode_reference(values), strict=True):
+    for column, mode in zip(values.T, column_mode(values), strict=True):
         counts = {int(value): int((column == value).sum()) for value in column}
         assert counts[int(mode)] == max(counts.values())
         assert all(count < counts[int(mode)] for value, count in counts.items() if value < mode)
