@@ -485,6 +485,11 @@ def test_start_is_the_diffused_source_or_the_average_voice(sde):
     torch.testing.assert_close(leaked, (xbar + a * (batch["mel"] - xbar)) * batch["mask"], rtol=0, atol=1e-6)
     torch.testing.assert_close(clean, xbar * batch["mask"], rtol=0, atol=0)
     assert [step.index for step in starts] == [0, 1, 2, 3, 4, 5] * 2
+    starts.clear()
+    noise = torch.ones(7, 2, 16, 12)
+    convert(model, batch, xbar=xbar, leak_source=False, solver="ddim", noise=noise, callback=lambda s: starts.append(s))
+    expected = (xbar + math.sqrt(sde.v(1.0))) * batch["mask"]  # the kernel's own spread, not 1
+    torch.testing.assert_close(starts[0].x, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_start_in_the_middle_keeps_more_of_the_source():
