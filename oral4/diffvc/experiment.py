@@ -18,8 +18,10 @@ from . import corpus, full_training, study, training
 from .compact import CompactConfig, CompactDecoder, ContentEncoder, Voice
 from .convert import shipped_converter
 from .full_training import FullTrainConfig
+from .images import IMAGES_BETTER, IMAGES_TOLERANCE, IMAGES_UNITS, ImagesConfig, run_images
 from .model import DiffVC, build
 from .speaker import SpeakerEncoder
+from .theorem import THEOREM_BETTER, THEOREM_TOLERANCE, THEOREM_UNITS, TheoremConfig, run_theorem
 
 # %% auto #0
 __all__ = ['SIMILARITY', 'EXPERIMENTS', 'shipped', 'report', 'ContentConfig', 'run_content', 'VoiceConfig', 'run_voice',
@@ -332,6 +334,24 @@ def run_solvers(config: StudyConfig, seed: int) -> dict[str, float]:
 SIMILARITY = ("converted", "copied", "nobody", "prior", "transferred", "ceiling")
 
 EXPERIMENTS = (
+    Experiment(
+        name="diffvc/theorem",
+        summary="The maximum-likelihood step: optimal, exact for normal data, and its data term",
+        config=TheoremConfig,
+        run=run_theorem,
+        units=THEOREM_UNITS,
+        tolerance=THEOREM_TOLERANCE,
+        better=THEOREM_BETTER,
+    ),
+    Experiment(
+        name="diffvc/images",
+        summary="Digits brought back by each solver, with the exact and with a trained score",
+        config=ImagesConfig,
+        run=run_images,
+        units=IMAGES_UNITS,
+        tolerance=IMAGES_TOLERANCE,
+        better=IMAGES_BETTER,
+    ),
     Experiment(
         name="diffvc/content",
         summary="Train the content encoder that ships",
