@@ -24,7 +24,7 @@ from .speaker import SpeakerEncoder
 from .theorem import THEOREM_BETTER, THEOREM_TOLERANCE, THEOREM_UNITS, TheoremConfig, run_theorem
 
 # %% auto #0
-__all__ = ['SIMILARITY', 'EXPERIMENTS', 'shipped', 'report', 'ContentConfig', 'run_content', 'VoiceConfig', 'run_voice',
+__all__ = ['RIVALS', 'SIMILARITY', 'EXPERIMENTS', 'shipped', 'report', 'ContentConfig', 'run_content', 'VoiceConfig', 'run_voice',
            'TrainScoreConfig', 'run_train', 'train_paper', 'StudyConfig', 'run_convert', 'run_probe', 'run_solvers']
 
 # %% ../../nbs/diffvc/09_experiment.ipynb #1dc73644
@@ -47,7 +47,7 @@ class ContentConfig:
 
     first_steps: int = 1200
     "Updates on synthetic speech."
-    steps: int = 4000
+    steps: int = 3000
     "Updates on all speech, the real part labelled by the first network."
     espeak_texts: int = 10
     "Texts for each variant of espeak-ng."
@@ -107,6 +107,9 @@ def run_content(config: ContentConfig, seed: int, *, weights: Path | None = None
     )
     digits = training.digit_accuracy(content, training.items_of(single))
     found = {"frames": training.frame_accuracy(content, held), "digits": digits}
+    readers = training.items_of(corpus.readers("test")) if config.test_takes else training.items_of(corpus.espeak_speech(["m2"], corpus.SENTENCES[:2]))
+    found["unknown"] = training.share_of(content, readers, "spn")
+    found["silent"] = training.share_of(content, readers, "sil")
     if weights is not None:
         save_weights(content, weights, asdict(sizes), {"run": asdict(config), "seed": seed, **found}, dtype=torch.float16)
     return found
@@ -173,7 +176,7 @@ def run_voice(config: VoiceConfig, seed: int, *, weights: Path | None = None) ->
 class TrainScoreConfig:
     """Training of the score network, by default on the content encoder and the voice print that ship."""
 
-    steps: int = 7000
+    steps: int = 4000
     "Updates."
     batch: int = 32
     "Crops in a batch."
@@ -308,6 +311,10 @@ class StudyConfig:
         return cls()
 
 
+RIVALS = ("em_6", "pf_6", "ml_30", "ml_6_full", "dpmpp_6")
+"""Solvers that six maximum-likelihood steps are compared with, by ratio and by difference."""
+
+
 def run_convert(config: StudyConfig, seed: int) -> dict[str, float]:
     """Convert between unseen people and between unseen variants of espeak-ng, and count digits that survive."""
     converter = shipped_converter("cpu")
@@ -317,18 +324,32 @@ def run_convert(config: StudyConfig, seed: int) -> dict[str, float]:
     )
     parallel = study.parallel_study(converter, seed=seed, texts=config.texts)
     found |= {f"digits_{name}": value for name, value in digits.items()}
-    return found | {f"mcd_{name}": value for name, value in parallel.items()}
+    found |= {f"mcd_{name}": value for name, value in parallel.items()}
+    found["digits_lost"] = found["digits_vocoded"] - found["digits_converted"]
+    found["mcd_gain"] = found["mcd_copied"] - found["mcd_converted"]
+    low, high = found["copied_target"], found["ceiling_target"]
+    found["reached"] = (found["converted_target"] - low) / (high - low)
+    return found
 
 
 def run_probe(config: StudyConfig, seed: int) -> dict[str, float]:
     """Ask the average voice who spoke and what was said."""
     content = shipped_converter("cpu").model.encoder
-    return study.probe_study(content, seed=seed, real=config.real)  # type: ignore[arg-type]
+    found = study.probe_study(content, seed=seed, real=config.real)  # type: ignore[arg-type]
+    found["phones_lost"] = found["phone_mel"] - found["phone_average"]
+    found["mse_to_simple"] = found["mse_encoder"] / min(found["mse_source"], found["mse_constant"])
+    chance = found["speaker_chance"]
+    found["speaker_left"] = (found["speaker_average"] - chance) / (found["speaker_mel"] - chance)
+    return found
 
 
 def run_solvers(config: StudyConfig, seed: int) -> dict[str, float]:
     """Convert the same pairs with every solver."""
-    return study.solver_study(shipped_converter("cpu"), seed=seed, real=config.real, most=(config.pairs + 1) // 2)
+    found = study.solver_study(shipped_converter("cpu"), seed=seed, real=config.real, most=(config.pairs + 1) // 2)
+    for name in RIVALS:
+        found[f"{name}_to_ml_6"] = found[f"{name}_frechet"] / found["ml_6_frechet"]
+        found[f"ml_6_over_{name}"] = found["ml_6_target"] - found[f"{name}_target"]
+    return found
 
 # %% ../../nbs/diffvc/09_experiment.ipynb #de268d04
 SIMILARITY = ("converted", "copied", "nobody", "prior", "transferred", "ceiling")
@@ -357,7 +378,7 @@ EXPERIMENTS = (
         summary="Train the content encoder that ships",
         config=ContentConfig,
         run=run_content,
-        units={"frames": "", "digits": ""},
+        units={"frames": "", "digits": "", "unknown": "", "silent": ""},
         tolerance={"frames": 0.03, "digits": 0.05},
         better={"frames": "higher", "digits": "higher"},
         weights="voices-content",
@@ -390,7 +411,7 @@ EXPERIMENTS = (
         units={f"{name}_{kind}": "" for name in SIMILARITY for kind in ("target", "source", "closer")}
         | {f"{name}_semitones": "semitones" for name in ("converted", "copied")}
         | {f"{name}_distance": "" for name in ("converted", "copied")}
-        | {"beats_transfer": "", "rtf": ""}
+        | {"beats_transfer": "", "rtf": "", "digits_lost": "", "mcd_gain": "dB", "reached": ""}
         | {f"digits_{name}": "" for name in ("recorded", "vocoded", "converted")}
         | {f"mcd_{name}": "dB" for name in ("copied", "converted", "transferred")},
         tolerance={"converted_target": 0.03, "converted_closer": 0.05, "ceiling_target": 0.03},
@@ -403,7 +424,7 @@ EXPERIMENTS = (
         run=run_probe,
         units=dict.fromkeys(
             ("speaker_mel", "speaker_average", "speaker_chance", "phone_mel", "phone_average",
-             "mse_encoder", "mse_source", "mse_constant"), ""),
+             "mse_encoder", "mse_source", "mse_constant", "phones_lost", "mse_to_simple", "speaker_left"), ""),
         tolerance={"speaker_mel": 0.05, "phone_average": 0.05},
         better={"speaker_average": "lower", "phone_average": "higher", "mse_encoder": "lower"},
     ),
@@ -412,7 +433,8 @@ EXPERIMENTS = (
         summary="The same conversions by each solver",
         config=StudyConfig,
         run=run_solvers,
-        units={f"{name}_{kind}": "" for name in study.SOLVERS for kind in ("target", "frechet")},
+        units={f"{name}_{kind}": "" for name in study.SOLVERS for kind in ("target", "frechet")}
+        | {name: "" for rival in RIVALS for name in (f"{rival}_to_ml_6", f"ml_6_over_{rival}")},
         tolerance={"ml_6_target": 0.03, "ml_6_frechet": 0.1},
         better={f"{name}_{kind}": better for name in study.SOLVERS for kind, better in (("target", "higher"), ("frechet", "lower"))},
     ),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from torch.nn import functional
 from oral4.diffvc import corpus
 from oral4.diffvc.align import PHONES, frame_phones
 from oral4.diffvc.audio import log_mel
-from oral4.diffvc.average_voice import column_mode
 from oral4.diffvc.compact import CompactDecoder, ContentEncoder, Voice, adapted_table
 from oral4.diffvc.corpus import Utterance
 from oral4.diffvc.model import DiffVC
@@ -44,6 +42,7 @@ __all__ = [
     "score_batch",
     "score_error",
     "set_scale",
+    "share_of",
     "spell",
     "spread_of",
     "train_content",
@@ -57,7 +56,6 @@ FLOOR = math.log(1e-5)
 """The lowest value of a log-mel spectrogram."""
 
 SILENCE = PHONES.index("sil")
-SPOKEN = tuple(index for index, phone in enumerate(PHONES) if phone != "spn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +274,16 @@ def frame_accuracy(content: ContentEncoder, items: Sequence[Item]) -> float:
     return right / max(1, total)
 
 
+@torch.no_grad()
+def share_of(content: ContentEncoder, items: Sequence[Item], phone: str) -> float:
+    """Return the share of frames that the encoder takes for one phone; ``spn`` on clear speech means it hears nothing."""
+    index, found, total = PHONES.index(phone), 0, 0
+    for item in items:
+        answer = content.logits(item.mel.float()[None], torch.ones(1, 1, item.mel.shape[1]))[0].argmax(0)
+        found, total = found + int((answer == index).sum()), total + len(answer)
+    return found / total
+
+
 def digit_accuracy(content: ContentEncoder, items: Sequence[Item]) -> float:
     """Return the share of single digits whose word has the likeliest path through the encoder's phones."""
     words = {word: spell(word) for word in DIGIT_PHONES}
@@ -289,8 +297,11 @@ def digit_accuracy(content: ContentEncoder, items: Sequence[Item]) -> float:
 # ---- batches ----------------------------------------------------------------------------------------------------
 
 
-def phone_table(items: Sequence[Item], round_to: float = 0.1, *, require_all: bool = True) -> Tensor:
-    """Return the average mel of every phone (P, F): the mode over its occurrences of their medians, as officially.
+def phone_table(items: Sequence[Item], *, require_all: bool = True) -> Tensor:
+    """Return the average mel of every phone (P, F): the mean over its frames.
+
+    # differs from the official code: it takes the mode over occurrences (see oral4.diffvc.average_voice), which lies
+    # farther from speech; here the averages are where a diffusion starts from.
 
     With ``require_all=False`` a phone that is nowhere in the items is given the average of silence.
 
@@ -299,22 +310,18 @@ def phone_table(items: Sequence[Item], round_to: float = 0.1, *, require_all: bo
     ValueError
         If a phone other than ``spn`` is nowhere in the items.
     """
-    medians: dict[int, list[np.ndarray]] = {}
+    total = torch.zeros(len(PHONES), items[0].mel.shape[0])
+    count = torch.zeros(len(PHONES))
     for item in items:
         if item.phones is not None:
-            phones, mel = item.phones.numpy(), item.mel.float().numpy()
-            edges = [0, *(1 + np.flatnonzero(np.diff(phones))), len(phones)]
-            for start, end in pairwise(edges):
-                medians.setdefault(int(phones[start]), []).append(np.median(mel[:, start:end], axis=1))
-    missing = [phone for index, phone in enumerate(PHONES) if index not in medians and phone != "spn"]
+            known = item.phones >= 0
+            total.index_add_(0, item.phones[known], item.mel.float().T[known])
+            count += torch.bincount(item.phones[known], minlength=len(PHONES))
+    missing = [phone for phone, frames in zip(PHONES, count.tolist(), strict=True) if not frames and phone != "spn"]
     if missing and require_all:
         raise ValueError(f"no frame of {', '.join(missing)} in the corpus; add texts that hold them")
-    table = {
-        index: round_to * column_mode(np.round(np.stack(found) / round_to).astype(np.int64))
-        for index, found in medians.items()
-        if index >= 0
-    }
-    return torch.stack([torch.as_tensor(table.get(i, table[SILENCE]), dtype=torch.float32) for i in range(len(PHONES))])
+    table = total / count.clamp(min=1)[:, None]
+    return torch.where(count[:, None] > 0, table, table[SILENCE])
 
 
 def _draw(items: Sequence[Item], weights: Tensor, size: int, generator: torch.Generator) -> list[Item]:
@@ -452,19 +459,27 @@ def label(content: ContentEncoder, items: Sequence[Item], *, known: Sequence[Ite
     """Return the items with phones where they had none: by their text if they are digits, else as the encoder hears them.
 
     The frequencies of the phones in ``known``, on which the encoder was trained, are taken out of its answers in part.
+    A phone that is not in ``known`` is never an answer: the encoder knows nothing of it.
     """
     counts = torch.zeros(len(PHONES))
     for item in known:
         if item.phones is not None:
             counts += torch.bincount(item.phones[item.phones >= 0], minlength=len(PHONES))
-    prior = None if counts.sum() == 0 else (counts + 1) / (counts + 1).sum()
+    taught = counts > 0 if counts.sum() > 0 else torch.tensor([phone != "spn" for phone in PHONES])
+    prior = None if counts.sum() == 0 else counts.clamp(min=1) / counts.sum()
+
+    def heard(item: Item) -> np.ndarray:
+        likelihood = _log_likelihood(content, item.mel, prior)
+        likelihood[:, ~taught.numpy()] = -np.inf
+        return likelihood
+
     found = []
     for item in items:
         if item.phones is None:
             if item.source == "fsdd" and item.text is not None:
-                path = force_align(_log_likelihood(content, item.mel, prior), spell(item.text))[1]
+                path = force_align(heard(item), spell(item.text))[1]
             else:
-                path = free_align(_log_likelihood(content, item.mel, prior))
+                path = free_align(heard(item))
             item = replace(item, phones=torch.as_tensor(path))
         found.append(item)
     return found
