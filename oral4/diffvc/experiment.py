@@ -14,14 +14,12 @@ import torch
 
 from ..measure.experiment import Experiment
 from ..train.checkpoint import load_weights, save_weights
-from . import corpus, full_training, study, training
+from . import conditioning, corpus, full_training, images, speed, study, theorem, training
 from .compact import CompactConfig, CompactDecoder, ContentEncoder, Voice
 from .convert import shipped_converter
 from .full_training import FullTrainConfig
-from .images import IMAGES_BETTER, IMAGES_TOLERANCE, IMAGES_UNITS, ImagesConfig, run_images
 from .model import DiffVC, build
 from .speaker import SpeakerEncoder
-from .theorem import THEOREM_BETTER, THEOREM_TOLERANCE, THEOREM_UNITS, TheoremConfig, run_theorem
 
 # %% auto #0
 __all__ = ['RIVALS', 'SIMILARITY', 'EXPERIMENTS', 'shipped', 'report', 'ContentConfig', 'run_content', 'VoiceConfig', 'run_voice',
@@ -351,27 +349,27 @@ def run_solvers(config: StudyConfig, seed: int) -> dict[str, float]:
         found[f"ml_6_over_{name}"] = found["ml_6_target"] - found[f"{name}_target"]
     return found
 
-# %% ../../nbs/diffvc/09_experiment.ipynb #de268d04
+# %% ../../nbs/diffvc/09_experiment.ipynb #2756b671
 SIMILARITY = ("converted", "copied", "nobody", "prior", "transferred", "ceiling")
 
 EXPERIMENTS = (
     Experiment(
         name="diffvc/theorem",
         summary="The maximum-likelihood step: optimal, exact for normal data, and its data term",
-        config=TheoremConfig,
-        run=run_theorem,
-        units=THEOREM_UNITS,
-        tolerance=THEOREM_TOLERANCE,
-        better=THEOREM_BETTER,
+        config=theorem.TheoremConfig,
+        run=theorem.run_theorem,
+        units=theorem.THEOREM_UNITS,
+        tolerance=theorem.THEOREM_TOLERANCE,
+        better=theorem.THEOREM_BETTER,
     ),
     Experiment(
         name="diffvc/images",
         summary="Digits brought back by each solver, with the exact and with a trained score",
-        config=ImagesConfig,
-        run=run_images,
-        units=IMAGES_UNITS,
-        tolerance=IMAGES_TOLERANCE,
-        better=IMAGES_BETTER,
+        config=images.ImagesConfig,
+        run=images.run_images,
+        units=images.IMAGES_UNITS,
+        tolerance=images.IMAGES_TOLERANCE,
+        better=images.IMAGES_BETTER,
     ),
     Experiment(
         name="diffvc/content",
@@ -437,5 +435,32 @@ EXPERIMENTS = (
         | {name: "" for rival in RIVALS for name in (f"{rival}_to_ml_6", f"ml_6_over_{rival}")},
         tolerance={"ml_6_target": 0.03, "ml_6_frechet": 0.1},
         better={f"{name}_{kind}": better for name in study.SOLVERS for kind, better in (("target", "higher"), ("frechet", "lower"))},
+    ),
+    Experiment(
+        name="diffvc/conditioning",
+        summary="What the decoder should see of the speaker: four small trainings of the paper's U-Net",
+        config=conditioning.ConditioningConfig,
+        run=conditioning.run_conditioning,
+        units=conditioning.CONDITIONING_UNITS,
+        tolerance=conditioning.CONDITIONING_TOLERANCE,
+        better=conditioning.CONDITIONING_BETTER,
+    ),
+    Experiment(
+        name="diffvc/speed",
+        summary="Time of the full-size score network and of a conversion, on one thread",
+        config=speed.SpeedConfig,
+        run=speed.run_speed,
+        units=speed.SPEED_UNITS,
+        tolerance=speed.SPEED_TOLERANCE,
+        better=speed.SPEED_BETTER,
+    ),
+    Experiment(
+        name="diffvc/official_speed",
+        summary="The same beside the official network, from a clone of its repository",
+        config=speed.OfficialSpeedConfig,
+        run=speed.run_official_speed,
+        units=speed.OFFICIAL_SPEED_UNITS,
+        tolerance=speed.OFFICIAL_SPEED_TOLERANCE,
+        better=speed.OFFICIAL_SPEED_BETTER,
     ),
 )
