@@ -42,6 +42,7 @@ def convert(
     plot: Annotated[Path | None, typer.Option(help="Draw source, prior and outcome into this picture.")] = None,
 ) -> None:
     """Say the words of SOURCE in the voice of REFERENCES."""
+    from oral4.diffvc.audio import AudioWarning
     from oral4.diffvc.convert import VoicePrint, shipped_converter  # torch: not for `oral4 --help`
 
     if out.suffix.lower() != ".wav":
@@ -70,8 +71,9 @@ def convert(
         print(f"note: {message}")
     found.save(out)
     print(f"{out}: {found.seconds:.1f} s at {found.rate} Hz, {steps} steps of {solver}, seed {seed}")
-    own = converter.voice_print((found.wave, found.rate))
-    said = converter.voice_print(source)
+    with warnings.catch_warnings():  # what is wrong with the recordings has been said, and the outcome is no recording
+        warnings.simplefilter("ignore", AudioWarning)
+        own, said = converter.voice_print((found.wave, found.rate)), converter.voice_print(source)
     print(
         f"voice print of the outcome: similarity {float(own.embedding @ target.embedding):.2f} to the reference, "
         f"{float(own.embedding @ said.embedding):.2f} to the source"
@@ -94,7 +96,7 @@ def _draw(found: object, path: Path) -> None:
     for axis, (name, title) in zip(
         axes, {"source": "Source", "prior": "Prior mean", "mel": "Outcome"}.items(), strict=True
     ):
-        axis.imshow(getattr(found, name), origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
+        axis.imshow(getattr(found, name).numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
         axis.set_ylabel(f"{title}\nmel band")
     axes[-1].set_xlabel("frame")
     figure.savefig(path, dpi=150)

@@ -25,12 +25,13 @@ from ..errors import CheckpointError, DataError
 from ..train.checkpoint import describe, load_weights
 from .audio import find_preset, log_mel, prepare_wave, write_wav
 from .compact import CompactConfig, CompactDecoder, ContentEncoder, Voice, adapted_table
-from .corpus import level
+from .corpus import level, speech_rms
 from .model import DiffVC, build, evaluating, load_official_state_dict
 from .vocoder import GriffinLim, HifiGan
 
 # %% auto #0
-__all__ = ['Heard', 'VoicePrint', 'windows', 'cross_fade', 'Converted', 'Converter', 'shipped_converter', 'convert']
+__all__ = ['Heard', 'VoicePrint', 'windows', 'cross_fade', 'frame_reach', 'Windowed', 'Converted', 'Converter',
+           'shipped_converter', 'convert']
 
 # %% ../../nbs/diffvc/07_convert.ipynb #66552da0
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,19 @@ class VoicePrint:
     "Mel preset; a converter of another one refuses the print."
     converter: str
     "Name of the converter that made it; another one refuses it."
+
+    def __post_init__(self) -> None:
+        weights = [weight for weight, _ in self.parts]
+        if not (weights and all(weight > 0 for weight in weights) and abs(sum(weights) - 1) < 1e-6):
+            raise ValueError(f"weights of a voice print are {weights}; give positive ones that sum to one")
+        for _, heard in self.parts:
+            if heard.mel.dim() != 2 or heard.embedding.dim() != 1 or 0 in heard.mel.shape:
+                raise ValueError(
+                    f"a voice print of mel {tuple(heard.mel.shape)} and embedding {tuple(heard.embedding.shape)}; "
+                    "give (F, R) and (E,)"
+                )
+            if not (heard.mel.isfinite().all() and heard.embedding.isfinite().all()):
+                raise ValueError("a voice print holds NaN or infinite numbers")
 
     @property
     def embedding(self) -> Tensor:
@@ -113,9 +127,9 @@ class VoicePrint:
                     (float(weight), Heard(file.get_tensor(f"{index}.mel"), file.get_tensor(f"{index}.embedding")))
                     for index, weight in enumerate(header["weights"])
                 )
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                return cls(parts, header["preset"], header["converter"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as a voice print: {error}") from error
-        return cls(parts, header["preset"], header["converter"])
 
 # %% ../../nbs/diffvc/07_convert.ipynb #4df15e7c
 def windows(frames: int, window: int, overlap: int) -> list[slice]:
@@ -140,13 +154,19 @@ def windows(frames: int, window: int, overlap: int) -> list[slice]:
 
 
 def cross_fade(parts: Sequence[Tensor], places: Sequence[slice]) -> Tensor:
-    """Return parts (F, n) put at their places on one time axis, faded over the middle half of each overlap.
+    """Return parts (..., n) put at their places on one time axis, faded over the middle half of each overlap.
 
     The outer quarters of an overlap, where a window has not seen what comes beyond its edge, are left to the
     neighbour that has.
+
+    Examples
+    --------
+    >>> cross_fade([torch.zeros(1, 6), torch.ones(1, 6)], [slice(0, 6), slice(2, 8)])
+    tensor([[0.0000, 0.0000, 0.0000, 0.2500, 0.7500, 1.0000, 1.0000, 1.0000]])
     """
-    total = torch.zeros(parts[0].shape[0], places[-1].stop)
-    weights = torch.zeros(places[-1].stop)
+    shape = parts[0].shape[:-1]
+    total = parts[0].new_zeros(*shape, places[-1].stop)
+    weights = parts[0].new_zeros(places[-1].stop)
     for index, (part, place) in enumerate(zip(parts, places, strict=True)):
         weight = torch.ones(place.stop - place.start)
         if index:
@@ -154,9 +174,9 @@ def cross_fade(parts: Sequence[Tensor], places: Sequence[slice]) -> Tensor:
             weight[:shared] *= _ramp(shared)
         if index < len(parts) - 1:
             shared = place.stop - places[index + 1].start
-            weight[-shared:] *= 1 - _ramp(shared)
-        total[:, place] += weight * part
-        weights[place] += weight
+            weight[len(weight) - shared :] *= 1 - _ramp(shared)
+        total[..., place] += weight.to(total) * part
+        weights[place] += weight.to(total)
     return total / weights
 
 
@@ -165,6 +185,51 @@ def _ramp(frames: int) -> Tensor:
     return (2 * (torch.arange(frames) + 0.5) / frames - 0.5).clamp(0, 1)
 
 # %% ../../nbs/diffvc/07_convert.ipynb #8d149e11
+def frame_reach(decoder: nn.Module) -> int | None:
+    """Return how many frames to each side one evaluation of a decoder looks; None if it looks at all of them.
+
+    Examples
+    --------
+    >>> frame_reach(CompactDecoder(CompactConfig(score_blocks=2)))  # 1 at the entrance, 3 and 6 in the blocks
+    10
+    """
+    if not isinstance(decoder, CompactDecoder):
+        return None
+    layers: list[Any] = [decoder.enter, *(block.depthwise for block in decoder.blocks)]
+    return sum(layer.dilation[0] * (layer.kernel_size[0] - 1) // 2 for layer in layers)
+
+
+class Windowed(nn.Module):
+    """A decoder whose score is computed in windows: memory for one window, whatever the length of the sound.
+
+    The windows are joined in every step, so a network that looks no further than a quarter of the overlap gives what it
+    gives for the whole, with any number of steps.
+
+    Parameters
+    ----------
+    decoder : nn.Module
+        As :class:`oral4.diffvc.model.DiffVC` takes it.
+    window, overlap : int
+        Frames.
+    """
+
+    def __init__(self, decoder: nn.Module, window: int, overlap: int):
+        super().__init__()
+        windows(window + 1, window, overlap)  # refuses what cannot work before anything is computed
+        self.decoder = decoder
+        self.needs_reference = decoder.needs_reference
+        self.window, self.overlap = window, overlap
+
+    def condition(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the speaker's condition: that of the decoder itself."""
+        return self.decoder.condition(*args, **kwargs)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor:
+        """Return the score (B, F, T)."""
+        places = windows(x.shape[-1], self.window, self.overlap)
+        return cross_fade([self.decoder(x[..., p], mask[..., p], xbar[..., p], g, t) for p in places], places)
+
+# %% ../../nbs/diffvc/07_convert.ipynb #8c8decc6
 @dataclass(frozen=True, eq=False)
 class Converted:
     """What a conversion gives."""
@@ -255,8 +320,7 @@ class Converter:
         checkpoint : path
             ``vc_libritts_wodyn.pt`` or ``vc_vctk_wodyn.pt``.
         vocoder : path, optional
-            Folder with the HiFi-GAN generator and its ``config.json``, or the generator's file beside it. Griffin-Lim
-            if left out.
+            The file of the HiFi-GAN generator, its ``config.json`` beside it. Griffin-Lim if left out.
         condition : str
             As the checkpoint was trained.
         device : str or torch.device, optional
@@ -274,7 +338,7 @@ class Converter:
             raise CheckpointError(f"{checkpoint}: cannot be read as weights: {error}") from error
         model = build("paper", condition=condition)
         load_official_state_dict(model, state)
-        generator = None if vocoder is None else HifiGan.from_checkpoint(vocoder)
+        generator = None if vocoder is None else HifiGan.from_checkpoint(vocoder, preset=model.preset)
         return cls(model, SpeakerEncoder.from_resemblyzer(), generator, name=Path(checkpoint).stem, device=device)
 
     # ---- voices
@@ -340,7 +404,7 @@ class Converter:
         Parameters
         ----------
         source : path or (wave, rate)
-            What is said. Long sound is converted in windows.
+            What is said. The score of long sound is computed in windows.
         target : VoicePrint
             Who shall say it.
         steps : int, at least 1
@@ -352,9 +416,10 @@ class Converter:
         temperature, guidance, tau, data_var
             As in :meth:`oral4.diffvc.model.DiffVC.sample`.
         keep_level : bool
-            Whether the outcome is as loud as the source; otherwise it has the level of the training data.
+            Whether the speech of the outcome is as loud as that of the source, as far as its peaks stay below full
+            scale; otherwise it has the level that the networks gave it, about -26 dB.
         window_s : float
-            Longest window, seconds, at least 4.
+            Longest stretch that the score network sees at once, seconds, at least 4.
         limits : Limits
             Caps on what is read.
 
@@ -373,19 +438,15 @@ class Converter:
         mel = log_mel(even, self.preset)
         prior = self._prior(mel, target)
         noise = self._noise(mel.shape, steps, seed)
-        places = windows(mel.shape[1], round(window_s * self.preset.frames_per_second), self._overlap())
-        parts = []
-        for place in places:
-            parts.append(
-                self._sample(mel[:, place], prior[:, place], noise[..., place], target, steps=steps, solver=solver, seed=seed,
-                             temperature=temperature, guidance=guidance, tau=tau, data_var=data_var)
-            )  # fmt: skip
-        converted = cross_fade(parts, places)
+        window = round(window_s * self.preset.frames_per_second)
+        converted = self._sample(
+            mel, prior, noise, target, window, steps=steps, solver=solver, seed=seed, temperature=temperature,
+            guidance=guidance, tau=tau, data_var=data_var,
+        )  # fmt: skip
         sound = self.vocoder.vocode(converted.to(self.device) if isinstance(self.vocoder, nn.Module) else converted)
         sound = np.asarray(sound, dtype=np.float32)
-        if keep_level:
-            gain = float(np.sqrt((wave**2).mean()) / max(1e-9, np.sqrt((even**2).mean())))
-            sound = sound * min(gain, 0.99 / max(1e-9, float(np.abs(sound).max())))
+        if keep_level and speech_rms(sound, self.preset.rate):
+            sound = level(sound, self.preset.rate, 20 * math.log10(speech_rms(wave, self.preset.rate)))
         return Converted(sound, self.preset.rate, converted, prior, mel)
 
     def _require_own(self, target: VoicePrint) -> None:
@@ -398,10 +459,12 @@ class Converter:
             )
 
     def _overlap(self) -> int:
-        return round(2.5 * self.preset.frames_per_second)
+        """Return the overlap of two windows, frames: a quarter of it covers what the network sees, and 2.5 s at least."""
+        reach = frame_reach(self.model.decoder)
+        return max(round(2.5 * self.preset.frames_per_second), 4 * (0 if reach is None else reach))
 
     def _noise(self, shape: Sequence[int], steps: int, seed: int) -> Tensor:
-        """Return the noise of the start and of every step for the whole sound, so that windows agree where they meet."""
+        """Return the noise of the start and of every step, (N + 1, 1, F, T)."""
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r}; give a whole number of at least 1, for example 6")
         return torch.randn(steps + 1, 1, *shape, generator=torch.Generator().manual_seed(seed))
@@ -421,10 +484,16 @@ class Converter:
             table = table + weight * adapted_table(encoder.table, reference, frames, phones)
         return torch.einsum("bpt,bpf->bft", encoder.phones(mel, mask), table)[0].cpu()
 
-    def _sample(self, mel: Tensor, prior: Tensor, noise: Tensor, target: VoicePrint, *, steps: int, **how: Any) -> Tensor:
+    def _sample(
+        self, mel: Tensor, prior: Tensor, noise: Tensor, target: VoicePrint, window: int, *, steps: int, **how: Any
+    ) -> Tensor:
         from oral4.diffusion.solvers import uniform_times
 
         times = uniform_times(steps)
+        model = self.model
+        if mel.shape[1] > window:
+            decoder = Windowed(model.decoder, window, self._overlap())
+            model = DiffVC(model.encoder, decoder, sde=model.sde, preset=model.preset).eval()
         conditions: Any = 0
         with evaluating(self.model):
             for weight, heard in target.parts:
@@ -433,7 +502,7 @@ class Converter:
                     heard.embedding[None].to(self.device), reference, reference.new_ones(1, 1, reference.shape[2]), times[:-1]
                 )
             mel, prior = mel[None].to(self.device), prior[None].to(self.device)
-            found = self.model.sample(
+            found = model.sample(
                 mel, mel.new_ones(1, 1, mel.shape[2]), target.embedding[None].to(self.device), None, None, times=times,
                 conditions=conditions, noise=noise.to(self.device), xbar=prior, num_steps=steps, **how,
             )  # fmt: skip

@@ -34,6 +34,7 @@ __all__ = [
     "level",
     "read_folder",
     "readers",
+    "speech_rms",
     "word_salad",
 ]
 
@@ -147,10 +148,33 @@ class Utterance:
         return len(self.wave) / self.rate
 
 
+def speech_rms(wave: np.ndarray, rate: int) -> float:
+    """Return how loud the speech in a wave is: 0 if there is none, 1 for a square wave of full scale.
+
+    The root mean square over the windows of 20 ms that are within 30 dB of the loudest one, so that pauses do not
+    count.
+
+    Examples
+    --------
+    >>> tone = 0.5 * np.sin(np.arange(16_000) * 0.2)
+    >>> loud = speech_rms(tone, 16_000)
+    >>> padded = speech_rms(np.pad(tone, (0, 32_000)), 16_000)
+    >>> round(loud, 3), round(padded / loud, 3)
+    (0.354, 1.0)
+    """
+    window = max(1, rate // 50)
+    padded = np.pad(wave, (0, -len(wave) % window)).astype(np.float64)
+    power = (padded.reshape(-1, window) ** 2).mean(1)
+    loudest = power.max(initial=0.0)
+    if not loudest > 1e-10:
+        return 0.0
+    return float(np.sqrt(power[power > 1e-3 * loudest].mean()))
+
+
 def level(wave: np.ndarray, rate: int, decibels: float = -26.0) -> np.ndarray:
     """Return the wave scaled so that its speech has a given level, and never beyond full scale.
 
-    The level is the root mean square over the windows of 20 ms that are within 30 dB of the loudest one.
+    The level is that of :func:`speech_rms`. A wave whose peaks would pass 0.99 is scaled so that they reach it.
 
     Parameters
     ----------
@@ -172,13 +196,10 @@ def level(wave: np.ndarray, rate: int, decibels: float = -26.0) -> np.ndarray:
     >>> round(float(np.sqrt((level(tone, 16_000, -20.0) ** 2).mean())), 3)
     0.1
     """
-    window = max(1, rate // 50)
-    padded = np.pad(wave, (0, -len(wave) % window)).astype(np.float64)
-    power = (padded.reshape(-1, window) ** 2).mean(1)
-    loudest = power.max(initial=0.0)
-    if not loudest > 1e-10:
+    loud = speech_rms(wave, rate)
+    if not loud:
         raise DataError("no speech: the sound is silent")
-    gain = 10 ** (decibels / 20) / np.sqrt(power[power > 1e-3 * loudest].mean())
+    gain = 10 ** (decibels / 20) / loud
     return (wave * min(gain, 0.99 / np.abs(wave).max())).astype(np.float32)
 
 

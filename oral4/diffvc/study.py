@@ -231,9 +231,8 @@ def parallel_study(converter: Converter, *, seed: int, texts: int = 3) -> dict[s
         voice: list(corpus.espeak_speech([voice], sentences, seed=seed)) for voice in corpus.HELD_OUT_ESPEAK
     }
     values: dict[str, list[float]] = {"copied": [], "converted": [], "transferred": []}
-    for source, target in zip(corpus.HELD_OUT_ESPEAK, rng.sample(corpus.HELD_OUT_ESPEAK, len(spoken)), strict=True):
-        if source == target:
-            continue
+    order = rng.sample(corpus.HELD_OUT_ESPEAK, len(spoken))
+    for source, target in zip(order, order[1:] + order[:1], strict=True):  # nobody is converted to themselves
         reference = spoken[target][texts]
         voice = converter.voice_print((reference.wave, RATE))
         for index in range(texts):
