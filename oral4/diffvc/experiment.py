@@ -169,12 +169,12 @@ def run_voice(config: VoiceConfig, seed: int, *, weights: Path | None = None) ->
         save_weights(voice, weights, asdict(sizes), {"run": asdict(config), "seed": seed, **found}, dtype=torch.float16)
     return found
 
-# %% ../../nbs/diffvc/09_experiment.ipynb #c5f2c7cf
+# %% ../../nbs/diffvc/09_experiment.ipynb #e45b8299
 @dataclass(frozen=True, kw_only=True)
 class TrainScoreConfig:
     """Training of the score network, by default on the content encoder and the voice print that ship."""
 
-    steps: int = 4000
+    steps: int = 3000
     "Updates."
     batch: int = 32
     "Crops in a batch."
@@ -204,7 +204,7 @@ class TrainScoreConfig:
 
     @classmethod
     def mini(cls) -> TrainScoreConfig:
-        """Train the score network that ships: about an hour on one core."""
+        """Train the score network that ships: about 25 minutes on one core."""
         return cls()
 
     @classmethod
