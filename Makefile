@@ -58,6 +58,15 @@ bench: $(VENV)/.ready ## measure again what the book's records say of this machi
 	$(BIN)/oral4 run pyraformer/ablation --scale mini --seeds 3 --save-record
 	$(BIN)/oral4 run pyraformer/one_step --scale mini --seeds 3 --save-record
 	$(BIN)/oral4 run pyraformer/sines --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run diffvc/theorem --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run diffvc/images --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run diffvc/content --scale mini --seeds 1 --save-record --save-weights
+	$(BIN)/oral4 run diffvc/print --scale mini --seeds 1 --save-record --save-weights
+	$(BIN)/oral4 run diffvc/train --scale mini --seeds 1 --save-record --save-weights
+	$(BIN)/oral4 run diffvc/convert --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run diffvc/probe --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run diffvc/solvers --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run diffvc/conditioning --scale mini --seeds 3 --save-record
 
 full: $(VENV)/.ready ## the book with its live cells at the scale of one GPU
 	ORAL4_SCALE=gpu $(BIN)/python nbs/_ext/run_notebooks.py --jobs 1 --timeout 86400
