@@ -314,8 +314,9 @@ def train_condition(
         raise ValueError(f"name is {name!r}; choose one of {', '.join(CONDITIONS)}")
     mel, xbar = (torch.cat([getattr(each, part) for each in stretches], 1) for part in ("mel", "xbar"))
     sizes = DecoderConfig(
-        dim=config.dim, g_dim=config.g_dim, voice_dim=len(stretches[0].voice), condition=CONDITIONS[name][0], heads=2, head_dim=8
-    )
+        num_mels=len(mel), dim=config.dim, g_dim=config.g_dim, voice_dim=len(stretches[0].voice), heads=2, head_dim=8,
+        condition=CONDITIONS[name][0],
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         inner = Decoder(sizes)  # the U-Net first: its weights are the same for every condition
@@ -360,6 +361,11 @@ def held_out_loss(
 
 
 # ---- conversion -------------------------------------------------------------------------------------------------
+
+
+def _shared_out(groups: dict[str, list[Utterance]]) -> tuple[dict[str, list[Utterance]], dict[str, list[Utterance]]]:
+    """Return every speaker's recordings in two parts: to convert, and two for the judge to know the voice from."""
+    return {who: each[:-2] for who, each in groups.items()}, {who: each[-2:] for who, each in groups.items()}
 
 
 class _Judge:
@@ -429,8 +435,8 @@ def run_conditioning(config: ConditioningConfig, seed: int, **more: Any) -> dict
     heard, unheard = (
         stretches_of(utterances, converter, seconds=config.seconds, shortest=2 * config.frames) for utterances in (speech, test)
     )
-    judge = _Judge({speaker: utterances[-2:] for speaker, utterances in groups.items()})
-    own = {speaker: utterances[:-2] for speaker, utterances in groups.items()}
+    own, known = _shared_out(groups)
+    judge = _Judge(known)
     pairs = draw_pairs(own, seed, seconds=3.0)[: config.pairs]
 
     found: dict[str, float] = {}
