@@ -79,8 +79,13 @@ def test_every_value_has_a_unit_and_is_finite(found):
     assert set(found) == set(CONDITIONING_UNITS)
     assert all(math.isfinite(value) for value in found.values())
     experiment = Experiment(
-        name="diffvc/conditioning", summary="Conditions", config=ConditioningConfig, run=run_conditioning,
-        units=CONDITIONING_UNITS, better=CONDITIONING_BETTER, tolerance=CONDITIONING_TOLERANCE,
+        name="diffvc/conditioning",
+        summary="Conditions",
+        config=ConditioningConfig,
+        run=run_conditioning,
+        units=CONDITIONING_UNITS,
+        better=CONDITIONING_BETTER,
+        tolerance=CONDITIONING_TOLERANCE,
     )  # which checks that the parts speak of the same values
     assert experiment.scales() == ("smoke", "mini")
 

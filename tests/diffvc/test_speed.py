@@ -63,13 +63,23 @@ def test_every_value_has_a_unit_and_is_sane(found):
     assert 0 <= found["step_difference"] < 1e-4 and 0 <= found["convert_difference"] < 1e-4
     assert found["full_rtf"] == pytest.approx(found["convert_s"] / (16 * 256 / 22_050))
     experiment = Experiment(
-        name="diffvc/speed", summary="Speed", config=SpeedConfig, run=run_speed,
-        units=SPEED_UNITS, better=SPEED_BETTER, tolerance=SPEED_TOLERANCE,
+        name="diffvc/speed",
+        summary="Speed",
+        config=SpeedConfig,
+        run=run_speed,
+        units=SPEED_UNITS,
+        better=SPEED_BETTER,
+        tolerance=SPEED_TOLERANCE,
     )  # which checks that the parts speak of the same values
     assert experiment.scales() == ("smoke", "mini")
     official = Experiment(
-        name="diffvc/official_speed", summary="Speed", config=OfficialSpeedConfig, run=run_official_speed,
-        units=OFFICIAL_SPEED_UNITS, better=OFFICIAL_SPEED_BETTER, tolerance=OFFICIAL_SPEED_TOLERANCE,
+        name="diffvc/official_speed",
+        summary="Speed",
+        config=OfficialSpeedConfig,
+        run=run_official_speed,
+        units=OFFICIAL_SPEED_UNITS,
+        better=OFFICIAL_SPEED_BETTER,
+        tolerance=OFFICIAL_SPEED_TOLERANCE,
     )
     assert official.scales() == ("smoke", "mini")
 
