@@ -288,7 +288,7 @@ def test_run_refuses_before_it_runs(oral4, tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         ([], "which experiment? See: oral4 list experiments"),
-        (["toy/lime"], "there is no experiment 'toy/lime'; there is library/startup"),
+        (["toy/lime"], "there is no experiment 'toy/lime'; there is diffvc/"),
         (["toy/line", "--scale", "large"], "scale='large' is unknown; choose one of smoke, mini, gpu, paper"),
         (["toy/line", "--scale", "paper"], "toy/line has no scale 'paper'; it has smoke, mini"),
         (["toy/line", "--set", "stepz=3"], "no setting 'stepz', did you mean steps? It has steps (a whole number)"),
