@@ -7,8 +7,8 @@ import pytest
 
 import oral4.measure.record as module
 from oral4.errors import DataError, OralError
-from oral4.measure.intervals import mean_interval
 from oral4.measure.experiment import find_experiment
+from oral4.measure.intervals import mean_interval
 from oral4.measure.record import Record, duration, list_records, load_record, read_record
 
 
