@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from .. import settings
 from ..data.limits import DEFAULT, Limits
 from ..errors import CheckpointError, DataError
+from ..train.averaging import evaluating
 from ..train.checkpoint import describe, load_weights
 from .audio import find_preset, log_mel, prepare_wave, write_wav
 from .compact import CompactConfig, CompactDecoder, ContentEncoder, Voice, adapted_table
 from .corpus import level, speech_rms
-from .model import DiffVC, build, evaluating, load_official_state_dict
+from .model import DiffVC, build, load_official_state_dict
 from .vocoder import GriffinLim, HifiGan
 
 # %% auto #0

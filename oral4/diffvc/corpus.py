@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from oral4.data.fetch import fetch
-from oral4.diffvc.align import PhoneSpan, espeak_say, espeak_voices, flite_say, read_textgrid
+from oral4.diffvc.align import DIGITS, PhoneSpan, espeak_say, espeak_voices, flite_say, read_textgrid
 from oral4.diffvc.audio import PRESETS, load_audio, resample
 from oral4.errors import DataError
 
@@ -38,7 +38,7 @@ __all__ = [
     "word_salad",
 ]
 
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_WORDS = tuple(DIGITS)
 
 DIGIT_SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 """The people of FSDD."""

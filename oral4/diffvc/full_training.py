@@ -23,6 +23,7 @@ from oral4.diffvc.audio import log_mel
 from oral4.diffvc.average_voice import average_mels, average_target
 from oral4.diffvc.encoder import AverageVoiceEncoder, masked_mse
 from oral4.diffvc.model import DiffVC
+from oral4.diffvc.training import crop_start
 from oral4.errors import DataError
 from oral4.train import FitResult, TrainConfig, fit
 
@@ -174,18 +175,18 @@ class CropDataset(Dataset[dict[str, Tensor]]):
         mel = _read(place.mel)
         length = mel.shape[1]
         if self.targets:
-            start = _start(length, self.frames, generator)
+            start = crop_start(length, self.frames, generator)
             average = _read(place.average)
             crop, mask = self._pad(mel[:, start : start + self.frames])
             return {"mel": crop, "mask": mask, "target": self._pad(average[:, start : start + self.frames])[0]}
         frames = self.frames if self.overlap else min(self.frames, length // 2)
-        start = _start(length, frames, generator)
+        start = crop_start(length, frames, generator)
         if self.overlap:
-            other = mel[:, _start(length, frames, generator) :][:, :frames]
+            other = mel[:, crop_start(length, frames, generator) :][:, :frames]
         else:
             before, after = mel[:, :start], mel[:, start + frames :]
             side = before if before.shape[1] >= after.shape[1] else after
-            other = side[:, _start(side.shape[1], frames, generator) :][:, : self.frames]
+            other = side[:, crop_start(side.shape[1], frames, generator) :][:, : self.frames]
         crop, mask = self._pad(mel[:, start : start + frames])
         reference, reference_mask = self._pad(other)
         voice = _read(place.embedding)
@@ -196,10 +197,6 @@ class CropDataset(Dataset[dict[str, Tensor]]):
         padded[:, : mel.shape[1]] = mel
         mask[:, : mel.shape[1]] = 1
         return padded, mask
-
-
-def _start(length: int, frames: int, generator: torch.Generator) -> int:
-    return int(torch.randint(max(1, length - frames + 1), (1,), generator=generator))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from .. import errors
 from ..diffusion.sde import VP, LinearSDE, score_matching_loss
 from ..diffusion.solvers import sample, uniform_times
+from ..train.averaging import evaluating
 from .audio import MelPreset, find_preset
 from .decoder import NUM_TRAJECTORY, Decoder, DecoderConfig, official_names
 from .encoder import AverageVoiceEncoder, EncoderConfig
 from .masks import check_mask
 
 # %% auto #0
-__all__ = ['BATCH_KEYS', 'check_mel', 'evaluating', 'DiffVC', 'diffused_reference', 'build', 'load_official_state_dict']
+__all__ = ['BATCH_KEYS', 'check_mel', 'DiffVC', 'diffused_reference', 'build', 'load_official_state_dict']
 
 # %% ../../nbs/diffvc/05_model.ipynb #18531d9a
 _ELEMENTS_AT_ONCE = 1 << 20  # mel values of references that are conditioned in one batch: bounds the memory
@@ -72,30 +72,7 @@ class _Painter(Protocol):
 
     def __call__(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor: ...
 
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation mode for the length of a ``with`` block, then give every part its mode back.
-
-    Examples
-    --------
-    >>> layer = nn.Dropout().train()
-    >>> with evaluating(layer):
-    ...     print(layer.training)
-    False
-    >>> layer.training
-    True
-    """
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
+# %% ../../nbs/diffvc/05_model.ipynb #5c1d70e2
 class DiffVC(nn.Module):
     """A voice converter: a frozen encoder that erases the voice, and a diffusion decoder that paints another one.
 
@@ -371,7 +348,7 @@ class DiffVC(nn.Module):
             raise ValueError(f"voice has shape {tuple(voice.shape)}; give ({len(mel)}, E), one embedding for each item of mel")
         draw = _draws(noise, mel, seed, len(grid) - 1)
 
-        with evaluating(self.encoder, self.decoder):
+        with evaluating(self.encoder), evaluating(self.decoder):
             if conditions is None:
                 other = torch.Generator().manual_seed(seed ^ 0x5EED)  # the steps' noise does not depend on the reference's
                 conditions = self.conditions(
@@ -439,7 +416,7 @@ class DiffVC(nn.Module):
         ]
         return torch.stack(seen, dim=1)  # (B, 15, F, R)
 
-
+# %% ../../nbs/diffvc/05_model.ipynb #93b6f04a
 def diffused_reference(
     reference: Tensor, xbar: Tensor, t: Tensor, sde: LinearSDE, noise: bool, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oral4.diffvc import corpus
-from oral4.diffvc.align import PHONES, frame_phones
+from oral4.diffvc.align import DIGITS, PHONES, Chain, frame_phones, viterbi
 from oral4.diffvc.audio import log_mel
 from oral4.diffvc.compact import CompactDecoder, ContentEncoder, Voice, adapted_table
 from oral4.diffvc.corpus import Utterance
@@ -30,6 +30,7 @@ __all__ = [
     "FLITE_VOICES",
     "Item",
     "aligned_speech",
+    "crop_start",
     "digit_accuracy",
     "distort",
     "force_align",
@@ -193,34 +194,18 @@ def force_align(log_likelihood: np.ndarray, phones: Sequence[int], *, stay: floa
     path : array of int, shape (T,)
         Phone of each frame.
     """
-    states = np.asarray(phones)
-    frames, count = len(log_likelihood), len(states)
-    emit = log_likelihood[:, states]
+    states, index = np.asarray(phones), np.arange(len(phones))
     optional = states == SILENCE
-    log_stay, log_go = math.log(stay), math.log(1 - stay)
-    score = np.full(count, -np.inf)
-    score[0] = emit[0, 0]
-    if optional[0] and count > 1:
-        score[1] = emit[0, 1]
-    back = np.zeros((frames, count), dtype=np.int64)
-    index = np.arange(count)
-    for frame in range(1, frames):
-        from_self = score + log_stay
-        from_one = np.concatenate([[-np.inf], score[:-1]]) + log_go
-        from_two = np.full(count, -np.inf)
-        from_two[2:] = np.where(optional[1:-1], score[:-2] + log_go, -np.inf)
-        options = np.stack([from_self, from_one, from_two])
-        best = options.argmax(0)
-        back[frame] = index - best
-        score = options[best, index] + emit[frame]
-    ends = [count - 1] + ([count - 2] if optional[-1] and count > 1 else [])
-    state = max(ends, key=lambda end: score[end])
-    total = float(score[state])
-    path = np.zeros(frames, dtype=np.int64)
-    for frame in range(frames - 1, -1, -1):
-        path[frame] = states[state]
-        state = back[frame, state]
-    return total, path
+    jump = np.full(len(states), -1)
+    inner = index[1:-1][optional[1:-1]]
+    jump[inner + 1] = inner - 1
+    more = len(states) > 1
+    starts = (0, 1) if more and optional[0] else (0,)
+    ends = (len(states) - 1, len(states) - 2) if more and optional[-1] else (len(states) - 1,)
+    chain = Chain(states, index, jump, starts, ends)
+    log_stay, log_leave = (np.full(len(states), math.log(p)) for p in (stay, 1 - stay))
+    ((path, score),) = viterbi([log_likelihood[:, states]], [chain], [log_stay], [log_leave])
+    return score, states[path]
 
 
 def free_align(log_likelihood: np.ndarray, *, change: float = -6.0) -> np.ndarray:
@@ -240,18 +225,11 @@ def free_align(log_likelihood: np.ndarray, *, change: float = -6.0) -> np.ndarra
     return path
 
 
-DIGIT_PHONES = {
-    "zero": "Z IH R OW", "one": "W AH N", "two": "T UW", "three": "TH R IY", "four": "F AO R", "five": "F AY V",
-    "six": "S IH K S", "seven": "S EH V AH N", "eight": "EY T", "nine": "N AY N",
-}  # fmt: skip
-"""How the ten digits are said."""
-
-
 def spell(text: str) -> list[int]:
     """Return the phones of a string of digits with optional silence around every word."""
     phones = [SILENCE]
     for word in text.split():
-        phones += [PHONES.index(phone) for phone in DIGIT_PHONES[word].split()] + [SILENCE]
+        phones += [PHONES.index(phone) for phone in DIGITS[word]] + [SILENCE]
     return phones
 
 
@@ -286,7 +264,7 @@ def share_of(content: ContentEncoder, items: Sequence[Item], phone: str) -> floa
 
 def digit_accuracy(content: ContentEncoder, items: Sequence[Item]) -> float:
     """Return the share of single digits whose word has the likeliest path through the encoder's phones."""
-    words = {word: spell(word) for word in DIGIT_PHONES}
+    words = {word: spell(word) for word in DIGITS}
     right = 0
     for item in items:
         likelihood = _log_likelihood(content, item.mel)
@@ -336,7 +314,7 @@ def _source_weights(items: Sequence[Item], shares: dict[str, float]) -> Tensor:
     return torch.tensor([shares[item.source] * item.mel.shape[1] / totals[item.source] for item in items])
 
 
-def _crop(length: int, frames: int, generator: torch.Generator) -> int:
+def crop_start(length: int, frames: int, generator: torch.Generator) -> int:
     """Return where a crop of ``frames`` starts; the last possible place included."""
     return int(torch.randint(max(1, length - frames + 1), (1,), generator=generator))
 
@@ -434,7 +412,7 @@ def train_content(
         for _ in range(200):
             parts, labels = [], torch.full((batch, frames), -1)
             for row, item in enumerate(_draw(items, weights, batch, generator)):
-                start = _crop(item.mel.shape[1], frames, generator)
+                start = crop_start(item.mel.shape[1], frames, generator)
                 parts.append(item.mel[:, start : start + frames].float())
                 found = item.phones[start : start + frames]  # type: ignore[index]
                 labels[row, : len(found)] = found
@@ -517,7 +495,7 @@ def train_voice(
             drawn = _draw(items, weights, batch, generator)
             parts = []
             for item in drawn:
-                start = _crop(item.mel.shape[1], frames, generator)
+                start = crop_start(item.mel.shape[1], frames, generator)
                 parts.append(item.mel[:, start : start + frames].float())
             mel, mask = _padded(parts, frames)
             gain = 0.4 * torch.randn(batch, 1, 1, generator=generator)
@@ -550,12 +528,12 @@ def _pair(item: Item, frames: int, reference_frames: int, generator: torch.Gener
     """Return a crop to reconstruct and one to hear the voice from, which never overlap."""
     length = item.mel.shape[1]
     frames = min(frames, length // 2)
-    start = _crop(length, frames, generator)
+    start = crop_start(length, frames, generator)
     before, after = start, length - start - frames
     if before >= after:
-        other = _crop(before, min(reference_frames, before), generator)
+        other = crop_start(before, min(reference_frames, before), generator)
         return slice(start, start + frames), slice(other, min(other + reference_frames, before))
-    other = start + frames + _crop(after, min(reference_frames, after), generator)
+    other = start + frames + crop_start(after, min(reference_frames, after), generator)
     return slice(start, start + frames), slice(other, min(other + reference_frames, length))
 
 

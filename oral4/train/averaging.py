@@ -43,8 +43,9 @@ def copy_weights(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
-    """For a block: no gradients, evaluation mode, averaged weights."""
+def evaluating(model: nn.Module, ema: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """For a block: no gradients, evaluation mode, and averaged weights if there are any."""
+    ema = ema or {}
     modes = [(module, module.training) for module in model.modules()]
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if name in ema}
     try:

@@ -15,8 +15,9 @@ from oral4.diffvc import encoder as encoder_module
 from oral4.diffvc import model as model_module
 from oral4.diffvc.decoder import Decoder, DecoderConfig
 from oral4.diffvc.encoder import AverageVoiceEncoder, EncoderConfig
-from oral4.diffvc.model import DiffVC, build, diffused_reference, evaluating, load_official_state_dict
+from oral4.diffvc.model import DiffVC, build, diffused_reference, load_official_state_dict
 from oral4.errors import CheckpointError
+from oral4.train.averaging import evaluating
 
 FOLDER = Path(__file__).parents[1] / "goldens/diffvc"
 CONVERT = {name: torch.from_numpy(value) for name, value in np.load(FOLDER / "convert.npz").items()}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oral4.diffvc import training
-from oral4.diffvc.align import PHONES, PhoneSpan
+from oral4.diffvc.align import DIGITS, PHONES, PhoneSpan
 from oral4.diffvc.audio import log_mel
 from oral4.diffvc.compact import CompactConfig, CompactDecoder, ContentEncoder, Voice, adapted_table
 from oral4.diffvc.corpus import Utterance
@@ -159,8 +159,8 @@ def test_free_alignment_is_the_best_of_all_paths(change):
 def test_spelling_has_silence_around_every_word():
     phones = [PHONES[index] for index in training.spell("two nine")]
     assert phones == ["sil", "T", "UW", "sil", "N", "AY", "N", "sil"]
-    for word in training.DIGIT_PHONES:
-        assert len(training.spell(word)) == 2 + len(training.DIGIT_PHONES[word].split())
+    for word in DIGITS:
+        assert len(training.spell(word)) == 2 + len(DIGITS[word])
 
 
 # ---- accuracies -------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_digit_accuracy_counts_words():
     def frames(word):
         return [index for index in training.spell(word) for _ in range(3)]
 
-    items = [saying(frames(word), word) for word in training.DIGIT_PHONES]
+    items = [saying(frames(word), word) for word in DIGITS]
     assert training.digit_accuracy(Reads(), items) == 1
     assert training.digit_accuracy(Reads(), [*items[:3], saying(frames("two"), "six")]) == 3 / 4
     skipped = saying([index for index in training.spell("three") if index != SILENCE for _ in range(2)], "three")
@@ -284,13 +284,13 @@ def test_what_is_rebuilt_and_what_is_heard_never_overlap(length, frames, referen
 @given(length=st.integers(1, 40), frames=st.integers(1, 60), seed=st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
 def test_crops_lie_inside(length, frames, seed):
-    start = training._crop(length, frames, torch.Generator().manual_seed(seed))
+    start = training.crop_start(length, frames, torch.Generator().manual_seed(seed))
     assert start == 0 if frames >= length else 0 <= start <= length - frames
 
 
 def test_crops_reach_both_ends():
     generator = torch.Generator().manual_seed(0)
-    assert {training._crop(10, 8, generator) for _ in range(100)} == {0, 1, 2}
+    assert {training.crop_start(10, 8, generator) for _ in range(100)} == {0, 1, 2}
 
 
 def test_a_batch_for_the_score():
