@@ -10,6 +10,15 @@ addEventListener("DOMContentLoaded", () => {
   // An output that is wider than the screen scrolls, so the keyboard must reach it.
   for (const output of document.querySelectorAll(".cell_output pre")) if (output.scrollWidth > output.clientWidth) output.tabIndex = 0;
 
+  // An equation that is a little wider than its column is set smaller. A wider one scrolls, also by the keyboard.
+  addEventListener("load", () => window.MathJax?.startup?.promise?.then(() => {
+    for (const box of document.querySelectorAll('mjx-container[display="true"]')) {
+      const room = box.clientWidth / box.scrollWidth;
+      if (room < 1) box.style.fontSize = `${parseFloat(getComputedStyle(box).fontSize) * Math.max(0.98 * room, 0.78)}px`;
+      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+    }
+  }));
+
   // docutils gives an entry of the bibliography a role that ARIA has given up.
   for (const entry of document.querySelectorAll(".citation-list > [role=doc-biblioentry]")) entry.setAttribute("role", "listitem");
 

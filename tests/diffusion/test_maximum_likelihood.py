@@ -42,6 +42,9 @@ MIXTURE = GaussianMixture(CENTRES, 0.2, torch.tensor([0.5, 0.3, 0.2]))
 class Cosine(LinearSDE):
     """A process that the module does not know: a = cos(pi t / 2) and v = sin^2, cut off before it ends."""
 
+    def __repr__(self):
+        return "Cosine()"  # names the test; an address in it would differ from worker to worker
+
     def _a(self, t):
         return torch.cos(1.5 * t)
 
