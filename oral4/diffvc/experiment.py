@@ -174,7 +174,7 @@ def run_voice(config: VoiceConfig, seed: int, *, weights: Path | None = None) ->
 class TrainScoreConfig:
     """Training of the score network, by default on the content encoder and the voice print that ship."""
 
-    steps: int = 3000
+    steps: int = 9000
     "Updates."
     batch: int = 32
     "Crops in a batch."
@@ -204,7 +204,7 @@ class TrainScoreConfig:
 
     @classmethod
     def mini(cls) -> TrainScoreConfig:
-        """Train the score network that ships: about 25 minutes on one core."""
+        """Train the score network that ships: about 75 minutes on one core."""
         return cls()
 
     @classmethod
