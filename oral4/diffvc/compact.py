@@ -97,6 +97,8 @@ class CompactConfig:
     "Size of the speaker's condition, G."
     condition: str = "wodyn"
     '"d-only" (the voice print alone) or "wodyn" (also the diffused reference).'
+    phones: bool = False
+    "Whether the score network also sees the probability of each phone in each frame, beside the prior mean."
     spread: float = 1.0
     "Standard deviation of the data around the prior mean, in units of the log-mel, > 0; scales the score network."
 
@@ -273,6 +275,8 @@ class CompactDecoder(nn.Module):
         self.time = nn.Sequential(nn.Linear(64, config.g_dim), nn.SiLU())
         self.enter = nn.Conv1d(2 * config.num_mels, channels, 3, padding=1)
         dilations = [(1, 2, 4, 1)[i % 4] for i in range(config.score_blocks)]
+        if config.phones:
+            self.enter_phones = nn.Conv1d(len(PHONES), channels, 3, padding=1, bias=False)
         self.blocks = nn.ModuleList(
             ConvBlock(channels, dilation=dilation, condition=config.g_dim) for dilation in dilations
         )
@@ -311,25 +315,34 @@ class CompactDecoder(nn.Module):
         power = a * a * self.config.spread**2 + v
         return a, v, a * self.config.spread**2 / power, self.config.spread * (v / power).sqrt(), power.sqrt()
 
-    def network(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor:
+    def network(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor, content: Tensor | None = None) -> Tensor:
         """Return the network's own answer (B, F, T), of about unit size."""
         size = self.scales(t)[4]
         seen = torch.cat([(x - xbar) / size, (xbar - self.mean) / self.std], 1)
         hidden = self.enter(seen * mask)
+        if self.config.phones:
+            if content is None:
+                raise ValueError("phones=True: the score also needs content, the phones' probabilities (B, P, T)")
+            hidden = hidden + self.enter_phones(content * mask)
         condition = g + self.time(time_features(t))
         for block in self.blocks:
             hidden = block(hidden, mask, condition)
         return self.leave(self.norm(hidden)).to(x.dtype)
 
-    def forward(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor:
-        """Return the score (B, F, T) of ``x`` (B, F, T) at times ``t`` (B,) given ``xbar`` (B, F, T) and ``g`` (B, G)."""
+    def forward(
+        self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor, content: Tensor | None = None
+    ) -> Tensor:
+        """Return the score (B, F, T) of ``x`` (B, F, T) at times ``t`` (B,) given ``xbar`` (B, F, T) and ``g`` (B, G).
+
+        ``content`` (B, P, T) holds the phones' probabilities, which a network with ``phones=True`` needs.
+        """
         a, v, keep, change, _ = self.scales(t)
         shifted = x - xbar
-        estimate = keep * shifted + change * self.network(x, mask, xbar, g, t)
+        estimate = keep * shifted + change * self.network(x, mask, xbar, g, t, content)
         return (a * estimate - shifted) / v * mask
 
     def residual_loss(
-        self, mel: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor, noise: Tensor
+        self, mel: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor, noise: Tensor, content: Tensor | None = None
     ) -> Tensor:
         """Return the mean squared error of the network's own answer, which weighs all noise levels alike.
 
@@ -340,5 +353,5 @@ class CompactDecoder(nn.Module):
         clean = mel - xbar
         noisy = a * clean + v.sqrt() * noise
         wanted = (clean - keep * noisy) / change
-        error = (self.network(xbar + noisy, mask, xbar, g, t) - wanted) ** 2 * mask
+        error = (self.network(xbar + noisy, mask, xbar, g, t, content) - wanted) ** 2 * mask
         return error.sum() / (mask.sum() * mel.shape[1])

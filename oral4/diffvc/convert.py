@@ -225,10 +225,14 @@ class Windowed(nn.Module):
         """Return the speaker's condition: that of the decoder itself."""
         return self.decoder.condition(*args, **kwargs)  # type: ignore[operator]
 
-    def forward(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor, **content: Tensor) -> Tensor:
         """Return the score (B, F, T)."""
         places = windows(x.shape[-1], self.window, self.overlap)
-        return cross_fade([self.decoder(x[..., p], mask[..., p], xbar[..., p], g, t) for p in places], places)
+        parts = [
+            self.decoder(x[..., p], mask[..., p], xbar[..., p], g, t, **{k: c[..., p] for k, c in content.items()})
+            for p in places
+        ]
+        return cross_fade(parts, places)
 
 # %% ../../nbs/diffvc/07_convert.ipynb #8c8decc6
 @dataclass(frozen=True, eq=False)
@@ -503,9 +507,12 @@ class Converter:
                     heard.embedding[None].to(self.device), reference, reference.new_ones(1, 1, reference.shape[2]), times[:-1]
                 )
             mel, prior = mel[None].to(self.device), prior[None].to(self.device)
+            mask = mel.new_ones(1, 1, mel.shape[2])
+            sees = isinstance(self.model.decoder, CompactDecoder) and self.model.decoder.config.phones
             found = model.sample(
-                mel, mel.new_ones(1, 1, mel.shape[2]), target.embedding[None].to(self.device), None, None, times=times,
-                conditions=conditions, noise=noise.to(self.device), xbar=prior, num_steps=steps, **how,
+                mel, mask, target.embedding[None].to(self.device), None, None, times=times,
+                conditions=conditions, noise=noise.to(self.device), xbar=prior, num_steps=steps,
+                content=self.model.encoder.phones(mel, mask) if sees else None, **how,
             )  # fmt: skip
         return found[0].cpu()
 

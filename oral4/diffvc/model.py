@@ -70,7 +70,7 @@ class _Painter(Protocol):
 
     def condition(self, voice: Tensor, t: Tensor, reference: Tensor | None, reference_mask: Tensor | None) -> Tensor: ...
 
-    def __call__(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, mask: Tensor, xbar: Tensor, g: Tensor, t: Tensor, **content: Tensor) -> Tensor: ...
 
 # %% ../../nbs/diffvc/05_model.ipynb #5c1d70e2
 class DiffVC(nn.Module):
@@ -169,7 +169,7 @@ class DiffVC(nn.Module):
         batch : mapping
             ``mel`` (B, F, T), ``mask`` (B, 1, T), ``reference`` (B, F, R), ``reference_mask`` (B, 1, R),
             ``voice`` (B, E); and, if they are at hand, the average voices ``xbar`` and ``reference_xbar``, which
-            saves the two passes through the encoder.
+            saves the two passes through the encoder; and ``content`` (B, P, T) for a decoder that sees it.
         generator : torch.Generator, optional
             Source of the times, of the noise and of what is dropped.
         speaker_dropout : float, in [0, 1]
@@ -199,13 +199,14 @@ class DiffVC(nn.Module):
         check_mel("mel", mel, mask)
         xbar = batch["xbar"] if "xbar" in batch else self.average_voice(mel, mask)
         reference_xbar = self._reference_xbar(len(mel), reference, reference_mask, batch.get("reference_xbar"))
+        told = {"content": batch["content"]} if "content" in batch else {}
 
         def score(x: Tensor, time: Tensor) -> Tensor:
             seen = self._seen(reference, reference_mask, reference_xbar, time, generator)
             g = self._painter.condition(voice, time, seen, reference_mask)
             if speaker_dropout:
                 g = g * (_rand((len(g), 1), g, generator) >= speaker_dropout)
-            return self._painter(x, mask, xbar, g, time)
+            return self._painter(x, mask, xbar, g, time, **told)
 
         return score_matching_loss(score, mel, self.sde, t=t, xbar=xbar, mask=mask, noise=noise, generator=generator)
 
@@ -280,6 +281,7 @@ class DiffVC(nn.Module):
         callback: Callable[..., object] | None = None,
         xbar: Tensor | None = None,
         reference_xbar: Tensor | None = None,
+        content: Tensor | None = None,
     ) -> Tensor:
         """Return the source, spoken by the target's voice.
 
@@ -321,6 +323,8 @@ class DiffVC(nn.Module):
             Called with every step, see `oral4.diffusion.solvers.sample`.
         xbar, reference_xbar : Tensor, optional
             Average voices of ``mel`` and ``reference``.
+        content : Tensor, shape (B, P, T), optional
+            What the decoder is told of the content beside the average voice, if it is of a kind that is.
 
         Returns
         -------
@@ -362,14 +366,16 @@ class DiffVC(nn.Module):
             if xbar is None:
                 xbar = self.average_voice(mel, mask)
             known = dict(zip(grid[:-1], conditions, strict=True))
+            told = {} if content is None else {"content": content}
+            told_both = {name: value.repeat(2, 1, 1) for name, value in told.items()}
 
             def score(x: Tensor, t: Tensor) -> Tensor:
                 g = _nearest(known, float(t[0]))
                 if guidance == 1:
-                    return self._painter(x, mask, xbar, g, t)
+                    return self._painter(x, mask, xbar, g, t, **told)
                 both = torch.cat([g, torch.zeros_like(g)])
                 with_speaker, without = self._painter(
-                    x.repeat(2, 1, 1), mask.repeat(2, 1, 1), xbar.repeat(2, 1, 1), both, t.repeat(2)
+                    x.repeat(2, 1, 1), mask.repeat(2, 1, 1), xbar.repeat(2, 1, 1), both, t.repeat(2), **told_both
                 ).chunk(2)
                 return without + guidance * (with_speaker - without)
 

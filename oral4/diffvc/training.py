@@ -556,6 +556,7 @@ def score_batch(
         "reference": reference,
         "reference_mask": reference_mask,
         "reference_xbar": content.average(heard),
+        "content": phones,
     }
 
 
@@ -581,7 +582,7 @@ class _ResidualLoss(nn.Module):
         reference = a * batch["reference"] + (1 - a) * batch["reference_xbar"]
         g = self.decoder.condition(batch["voice"], t, reference, batch["reference_mask"])
         g = g * (batch["kept"] >= self.speaker_dropout)
-        return self.decoder.residual_loss(batch["mel"], batch["mask"], batch["xbar"], g, t, batch["noise"])
+        return self.decoder.residual_loss(batch["mel"], batch["mask"], batch["xbar"], g, t, batch["noise"], batch["content"])
 
 
 def train_score(
