@@ -1,6 +1,7 @@
 """The small networks: what padding must not change, limits of the adapted prior, the score where nothing is said."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,18 +75,21 @@ def test_voice_of_a_batch_is_that_of_its_items(batch):
             assert torch.allclose(together[row], alone[0], atol=1e-5)
 
 
-def test_score_of_a_batch_is_that_of_its_items(batch):
+@pytest.mark.parametrize("phones", [False, True])
+def test_score_of_a_batch_is_that_of_its_items(batch, phones):
     mel, mask, lengths = batch
-    decoder = excite(CompactDecoder(SMALL))
+    decoder = excite(CompactDecoder(replace(SMALL, phones=phones)))
     t, voice = torch.tensor([0.9, 0.4, 0.05]), torch.randn(3, 8)
+    content = torch.randn(3, len(PHONES), mel.shape[2]).softmax(1) if phones else None  # also outside the mask
     with torch.no_grad():
         g = decoder.condition(voice, t, mel, mask)
-        together = decoder(mel, mask, mel - 1, g, t)
+        together = decoder(mel, mask, mel - 1, g, t, content)
         for row, length in enumerate(lengths):
             own, ones = mel[row : row + 1, :, :length], torch.ones(1, 1, length)
             alone_g = decoder.condition(voice[row : row + 1], t[row : row + 1], own, ones)
             assert torch.allclose(g[row], alone_g[0], atol=1e-5)
-            alone = decoder(own, ones, own - 1, alone_g, t[row : row + 1])
+            part = None if content is None else content[row : row + 1, :, :length]
+            alone = decoder(own, ones, own - 1, alone_g, t[row : row + 1], part)
             scale = alone.abs().max()
             assert torch.allclose(together[row, :, :length] / scale, alone[0] / scale, atol=1e-5)
 
@@ -103,6 +107,17 @@ def test_a_silent_network_gives_the_score_of_a_normal_law(spread, t):
     exact = -(x - xbar) / (VP().a(t) ** 2 * spread**2 + VP().v(t))
     # v is 5e-7 at the smallest time: the score divides rounding of 1e-16 by it
     assert torch.allclose(found, exact, rtol=1e-8, atol=1e-8)
+
+
+def test_a_score_that_sees_phones_needs_them_and_listens():
+    decoder = excite(CompactDecoder(replace(SMALL, phones=True)))
+    mel, mask, g, t = torch.randn(1, 12, 5), torch.ones(1, 1, 5), torch.zeros(1, 8), torch.tensor([0.5])
+    with pytest.raises(ValueError, match="needs content, the phones' probabilities"):
+        decoder(mel, mask, mel, g, t)
+    content = torch.eye(len(PHONES))[:5].T[None]
+    with torch.no_grad():
+        difference = decoder(mel, mask, mel, g, t, content) - decoder(mel, mask, mel, g, t, content.flip(2))
+    assert float(difference.abs().max()) > 1e-3
 
 
 def test_the_answer_that_the_loss_wants_gives_the_true_score_on_average():

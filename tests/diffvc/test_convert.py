@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from oral4.data.limits import Limits
 from oral4.diffusion.sde import VP
 from oral4.diffusion.solvers import sample
-from oral4.diffvc.align import espeak_say
+from oral4.diffvc.align import PHONES, espeak_say
 from oral4.diffvc.audio import AudioWarning, load_audio, prepare_wave, resample, write_wav
 from oral4.diffvc.compact import CompactConfig, CompactDecoder, ContentEncoder, Voice
 from oral4.diffvc.convert import (
@@ -100,18 +100,22 @@ def test_windows_do_not_matter(converter, target):
 
 def test_windows_do_not_matter_with_any_number_of_steps():
     """In double precision and with weights that carry far, for one score and for twenty steps of it."""
-    decoder = far_sighted(score_blocks=8).double().requires_grad_(False)
+    decoder = far_sighted(score_blocks=8, phones=True).double().requires_grad_(False)
     xbar, x, g = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 80, 700), (1, 80, 700), (1, 96)))
     mask, t = torch.ones(1, 1, 700, dtype=torch.float64), torch.full((1,), 0.5, dtype=torch.float64)
+    content = torch.randn(1, len(PHONES), 700, dtype=torch.float64).softmax(1)
     reach = frame_reach(decoder)
     assert reach == 49
     parts = Windowed(decoder, 320, 4 * reach)
-    assert torch.allclose(decoder(x, mask, xbar, g, t), parts(x, mask, xbar, g, t), atol=1e-12)
+    assert torch.allclose(
+        decoder(x, mask, xbar, g, t, content), parts(x, mask, xbar, g, t, content=content), atol=1e-12
+    )
     too_close = Windowed(decoder, 320, 2 * reach)  # and the margin is not larger than it must be by much
-    assert float((decoder(x, mask, xbar, g, t) - too_close(x, mask, xbar, g, t)).abs().max()) > 1e-6
+    difference = decoder(x, mask, xbar, g, t, content) - too_close(x, mask, xbar, g, t, content=content)
+    assert float(difference.abs().max()) > 1e-6
 
     def run(score):
-        return sample(lambda y, s: score(y, mask, xbar, g, s), x, VP(), 20, solver="pf", xbar=xbar)
+        return sample(lambda y, s: score(y, mask, xbar, g, s, content=content), x, VP(), 20, solver="pf", xbar=xbar)
 
     assert torch.allclose(run(decoder), run(parts), atol=1e-9)
 
