@@ -31,7 +31,7 @@ def convert(
     steps: Annotated[int, typer.Option(help="Reverse steps, at least 1.")] = 6,
     solver: Annotated[str, typer.Option(help="ml, em, pf, reverse, ddim, heun, dpmpp_2m or unipc_2.")] = "ml",
     seed: Annotated[int, typer.Option(help="Of all noise; the same seed gives the same sound.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Factor of the noise, from 0.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Factor of the noise: 0 none, 1 the model's law.")] = 0.5,
     guidance: Annotated[float, typer.Option(help="How strongly the voice is asked for; 1 is plain.")] = 1.0,
     save_voice: Annotated[
         Path | None, typer.Option(help="Keep the voice print in this file, for later use as a reference.")

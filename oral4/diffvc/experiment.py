@@ -350,7 +350,7 @@ def run_solvers(config: StudyConfig, seed: int) -> dict[str, float]:
     return found
 
 # %% ../../nbs/diffvc/09_experiment.ipynb #2756b671
-SIMILARITY = ("converted", "copied", "nobody", "prior", "transferred", "ceiling")
+SIMILARITY = ("converted", "warm", "copied", "nobody", "prior", "transferred", "ceiling")
 
 EXPERIMENTS = (
     Experiment(
@@ -410,7 +410,7 @@ EXPERIMENTS = (
         | {f"{name}_semitones": "semitones" for name in ("converted", "copied")}
         | {f"{name}_distance": "" for name in ("converted", "copied")}
         | {"beats_transfer": "", "rtf": "", "digits_lost": "", "mcd_gain": "dB", "reached": ""}
-        | {f"digits_{name}": "" for name in ("recorded", "vocoded", "converted")}
+        | {f"digits_{name}": "" for name in ("recorded", "vocoded", "converted", "warm")}
         | {f"mcd_{name}": "dB" for name in ("copied", "converted", "transferred")},
         tolerance={"converted_target": 0.03, "converted_closer": 0.05, "ceiling_target": 0.03},
         better={"converted_target": "higher", "converted_source": "lower", "converted_closer": "higher", "rtf": "lower"},

@@ -129,7 +129,7 @@ def conversion_study(converter: Converter, *, seed: int, real: bool = True, most
     """Convert between unseen speakers; return similarities by GE2E for our conversion, three simpler ones and the ceiling.
 
     ``*_target`` and ``*_source`` are mean similarities to the target's and the source's other utterances, ``*_closer``
-    the share of pairs in which the target's is larger. The ceiling is another utterance of the target, vocoded.
+    the share of pairs in which the target's is larger. ``warm`` is our conversion at temperature 1. The ceiling is another utterance of the target, vocoded.
     """
     groups = held_out_speech(real)
     judge = _Judge(groups)
@@ -149,6 +149,7 @@ def conversion_study(converter: Converter, *, seed: int, real: bool = True, most
         nobody = converter.model.average_voice(mel[None], torch.ones(1, 1, mel.shape[1]))[0]
         waves = {
             "converted": found.wave,
+            "warm": converter.convert((pair.source.wave, RATE), target, seed=seed, temperature=1.0).wave,
             "copied": vocode(mel),
             "nobody": vocode(nobody),
             "prior": vocode(found.prior),
@@ -203,7 +204,7 @@ def digit_study(
     plain = [(utterance.wave, RATE) for utterance in train]
     spoken = [(vocode(log_mel(utterance.wave)), RATE) for utterance in train]
     recogniser = DigitRecogniser.fit(plain + spoken, [digit(utterance) for utterance in train] * 2, epochs=epochs, seed=seed)
-    counts = {"recorded": 0, "vocoded": 0, "converted": 0}
+    counts = {"recorded": 0, "vocoded": 0, "converted": 0, "warm": 0}
     total = 0
     for _ in range(strings):
         speaker = rng.choice(sorted({utterance.speaker for utterance in test}))
@@ -211,8 +212,9 @@ def digit_study(
         quiet = np.zeros(round(0.08 * RATE), dtype=np.float32)
         wave = np.concatenate([part for word in words for part in (word.wave, quiet)])
         reference = rng.choice(readers[rng.choice(sorted(readers))])
-        found = converter.convert((wave, RATE), converter.voice_print((_cut(reference, 10.0).wave, RATE)), seed=seed)
-        sounds = {"recorded": wave, "vocoded": vocode(log_mel(wave)), "converted": found.wave}
+        target = converter.voice_print((_cut(reference, 10.0).wave, RATE))
+        found, warm = (converter.convert((wave, RATE), target, seed=seed, **how) for how in ({}, {"temperature": 1.0}))
+        sounds = {"recorded": wave, "vocoded": vocode(log_mel(wave)), "converted": found.wave, "warm": warm.wave}
         edges = np.cumsum([0] + [len(word.wave) + len(quiet) for word in words])
         for name, sound in sounds.items():
             cuts = [(sound[a:b], RATE) for a, b in pairwise(edges)]
@@ -264,7 +266,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 
 
 def solver_study(converter: Converter, *, seed: int, real: bool = True, most: int = 16) -> dict[str, float]:
-    """Convert the same pairs with each solver; return similarity to the target and distance to real speech.
+    """Convert the same pairs with each solver, at temperature 1; return similarity to the target and distance to real speech.
 
     ``*_target``: similarity by GE2E. ``*_frechet``: squared Fréchet distance per band between all converted frames and
     the targets' own frames.
@@ -277,7 +279,7 @@ def solver_study(converter: Converter, *, seed: int, real: bool = True, most: in
     outcome = {}
     for name, how in SOLVERS.items():
         found = [
-            converter.convert((pair.source.wave, RATE), voice, seed=seed, **how)
+            converter.convert((pair.source.wave, RATE), voice, seed=seed, temperature=1.0, **how)
             for pair, voice in zip(pairs, voices, strict=True)
         ]
         close = [_similarities(judge, each.wave, pair)[0] for each, pair in zip(found, pairs, strict=True)]

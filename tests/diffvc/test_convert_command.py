@@ -72,7 +72,7 @@ def test_a_voice_is_kept_used_and_mixed(files, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("steps", 3), ("solver", "em"), ("seed", 7), ("temperature", 0.5), ("guidance", 1.5)],
+    [("steps", 3), ("solver", "em"), ("seed", 7), ("temperature", 1.0), ("guidance", 1.5)],
 )
 def test_every_option_is_what_it_is_in_python(files, tmp_path, option, value):
     out = tmp_path / "out.wav"

@@ -102,7 +102,7 @@ def test_median_pitch_in_semitones():
 
 def test_conversion_study(converter, few):
     found = study.conversion_study(converter, seed=0, real=False, most=2)
-    names = ["converted", "copied", "nobody", "prior", "transferred", "ceiling"]
+    names = ["converted", "warm", "copied", "nobody", "prior", "transferred", "ceiling"]
     for name in names:
         assert -1 <= found[f"{name}_target"] <= 1 and -1 <= found[f"{name}_source"] <= 1
         assert found[f"{name}_closer"] in (0, 0.5, 1)
@@ -120,7 +120,7 @@ def test_conversion_study(converter, few):
 
 def test_digit_study(converter, few):
     found = study.digit_study(converter, seed=0, real=False, strings=1, takes=1, epochs=2)
-    assert set(found) == {"recorded", "vocoded", "converted"}
+    assert set(found) == {"recorded", "vocoded", "converted", "warm"}
     assert all(4 * value in range(5) for value in found.values())
 
 
