@@ -492,6 +492,13 @@ class Converter:
             table = table + weight * adapted_table(encoder.table, reference, frames, phones)
         return torch.einsum("bpt,bpf->bft", encoder.phones(mel, mask), table)[0].cpu()
 
+    def _phones(self, mel: Tensor, mask: Tensor) -> Tensor | None:
+        """Return the phones' probabilities (B, P, T) for a score that sees them."""
+        encoder, decoder = self.model.encoder, self.model.decoder
+        if isinstance(encoder, ContentEncoder) and isinstance(decoder, CompactDecoder) and decoder.config.phones:
+            return encoder.phones(mel, mask)
+        return None
+
     def _sample(
         self, mel: Tensor, prior: Tensor, noise: Tensor, target: VoicePrint, window: int, *, steps: int, **how: Any
     ) -> Tensor:
@@ -511,11 +518,10 @@ class Converter:
                 )
             mel, prior = mel[None].to(self.device), prior[None].to(self.device)
             mask = mel.new_ones(1, 1, mel.shape[2])
-            sees = isinstance(self.model.decoder, CompactDecoder) and self.model.decoder.config.phones
             found = model.sample(
                 mel, mask, target.embedding[None].to(self.device), None, None, times=times,
                 conditions=conditions, noise=noise.to(self.device), xbar=prior, num_steps=steps,
-                content=self.model.encoder.phones(mel, mask) if sees else None, **how,
+                content=self._phones(mel, mask), **how,
             )  # fmt: skip
         return found[0].cpu()
 

@@ -213,7 +213,8 @@ def digit_study(
         wave = np.concatenate([part for word in words for part in (word.wave, quiet)])
         reference = rng.choice(readers[rng.choice(sorted(readers))])
         target = converter.voice_print((_cut(reference, 10.0).wave, RATE))
-        found, warm = (converter.convert((wave, RATE), target, seed=seed, **how) for how in ({}, {"temperature": 1.0}))
+        found = converter.convert((wave, RATE), target, seed=seed)
+        warm = converter.convert((wave, RATE), target, seed=seed, temperature=1.0)
         sounds = {"recorded": wave, "vocoded": vocode(log_mel(wave)), "converted": found.wave, "warm": warm.wave}
         edges = np.cumsum([0] + [len(word.wave) + len(quiet) for word in words])
         for name, sound in sounds.items():
