@@ -21,8 +21,8 @@ from ..measure.intervals import t_quantile
 __all__ = ['Released', 'one_run_p_value', 'one_run_lower_bound', 'make_canaries', 'make_secrets', 'toss_coins', 'guess_coins',
            'attack_auc', 'OneRunAudit', 'one_run_audit', 'exposure', 'canary_rank', 'ExtrapolatedExposure',
            'extrapolated_exposure', 'exposure_lower_bound', 'clopper_pearson', 'epsilon_from_errors', 'mu_from_errors',
-           'gaussian_delta', 'gaussian_epsilon', 'dirac_gradients', 'SensitivityAudit', 'sensitivity_audit', 'Measured',
-           'MechanismAudit', 'mechanism_audit']
+           'gaussian_delta', 'gaussian_epsilon', 'gaussian_mu', 'dirac_gradients', 'SensitivityAudit',
+           'sensitivity_audit', 'Measured', 'MechanismAudit', 'mechanism_audit']
 
 # %% ../../nbs/dp/06_audit.ipynb #f3e3992f
 @lru_cache(maxsize=64)
@@ -725,6 +725,21 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     if mu == math.inf:
         return math.inf
     return _largest(lambda epsilon: gaussian_delta(mu, epsilon) > delta, tolerance=1e-12)
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """Return the largest mu for which mu-Gaussian-DP implies (epsilon, delta)-DP.
+
+    ``T`` full-batch steps of sensitivity ``s`` and noise of standard deviation ``z`` are mu-Gaussian-DP with
+    ``mu = sqrt(T) s / z``.
+
+    Examples
+    --------
+    >>> round(gaussian_mu(gaussian_epsilon(1.0, 1e-5), 1e-5), 6)
+    1.0
+    """
+    _check_rate("delta", delta)
+    return _largest(lambda mu: gaussian_delta(mu, epsilon) <= delta, tolerance=1e-12)
 
 # %% ../../nbs/dp/06_audit.ipynb #6b82fd0b
 Released = Tensor | Mapping[str, Tensor]
