@@ -23,6 +23,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -349,12 +350,14 @@ def read_pairs(path: str | PathLike[str], *, limits: Limits = DEFAULT) -> list[P
         If there is no such file, it is over a limit, a column is missing or a source is empty.
     """
     with _table(path, limits).open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
-        file.seek(0)
-        if "mr" in header and "ref" in header:
-            return [Pair(parse_mr(row["mr"]), row["ref"].strip(), str(path)) for row in _rows(file, ("mr", "ref"))]
-        rows = _rows(file, ("source", "target"))
-        return [Pair(((_filled(row, "source", path, number),),), row["target"].strip(), str(path)) for number, row in enumerate(rows, 2)]
+        rows = _rows(file, ("source", "target"), ("mr", "ref"))
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        if "source" in row:
+            pairs.append(Pair(((_filled(row, "source", path, number),),), row["target"].strip(), str(path)))
+        else:
+            pairs.append(Pair(parse_mr(row["mr"]), row["ref"].strip(), str(path)))
+    return pairs
 
 
 def read_labelled(path: str | PathLike[str], *, limits: Limits = DEFAULT) -> tuple[list[Labelled], tuple[str, ...]]:
@@ -376,9 +379,14 @@ def read_labelled(path: str | PathLike[str], *, limits: Limits = DEFAULT) -> tup
     with _table(path, limits).open(encoding="utf-8-sig", newline="") as file:
         found = [
             (_filled(row, "text", path, number), _filled(row, "label", path, number))
-            for number, row in enumerate(_rows(file, ("text", "label")), 2)
+            for number, row in enumerate(_rows(file, ("text", "label")), 1)
         ]
-    names = tuple(sorted({label for _, label in found}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+    names = tuple(
+        sorted(
+            {label for _, label in found},
+            key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
+        )
+    )
     if len(names) < 2:
         raise DataError(f"{path}: {len(names)} classes ({', '.join(names)}); a classifier needs two or more")
     return [Labelled(text, names.index(label)) for text, label in found], names
@@ -391,17 +399,20 @@ def _table(path: str | PathLike[str], limits: Limits) -> Path:
 
 def _filled(row: dict[str, str], column: str, path: Any, number: int) -> str:
     if not row[column].strip():
-        raise DataError(f"{path}, record {number - 1}: the column {column!r} is empty; fill it or drop the record")
+        raise DataError(f"{path}, record {number}: the column {column!r} is empty; fill it or drop the record")
     return row[column].strip()
 
 
-def _rows(file: Any, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the records of a CSV file that has these columns, all of them filled with a string."""
+def _rows(file: Any, *choices: Sequence[str]) -> list[dict[str, str]]:
+    """Return these columns of a CSV file, all of them filled with a string; of several choices the first that it has."""
     try:
         reader = csv.DictReader(file)
-        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-            raise DataError(f"{file.name}: no column {' or '.join(missing)} in the header {reader.fieldnames}")
-        rows = list(reader)
+        header = list(reader.fieldnames or ())
+        columns = next((choice for choice in choices if set(choice) <= set(header)), None)
+        if columns is None:
+            missing = [name for name in choices[0] if name not in header]
+            raise DataError(f"{file.name}: no column {' or '.join(missing)} in the header {header}")
+        rows = [{name: row[name] for name in columns} for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file.name} is not a CSV file in UTF-8: {error}") from error
     for number, row in enumerate(rows, 1):
@@ -455,18 +466,28 @@ def _price(value: str) -> dict[str, tuple[str, ...]]:
         "moderate": ("moderately priced", "mid-priced"),
         "high": ("expensive", "high-priced"),
     }[value]
-    return {"before": words, "sentence": (f"Its prices are {value}.", f"The price range is {value}.", f"You pay {value} prices there.")}
+    return {
+        "before": words,
+        "sentence": (f"Its prices are {value}.", f"The price range is {value}.", f"You pay {value} prices there."),
+    }
 
 
 def _yes_no(yes: tuple[str, ...], no: tuple[str, ...]) -> Callable[[str], dict[str, tuple[str, ...]]]:
     return lambda value: {"sentence": yes if value == "yes" else no}
 
 
-_AREA = _slot("area", _AREAS, lambda v: {"after": (f"in the {v}",), "sentence": (f"It is in the {v}.", f"You find it in the {v}.")})
+_AREA = _slot(
+    "area",
+    _AREAS,
+    lambda v: {"after": (f"in the {v}",), "sentence": (f"It is in the {v}.", f"You find it in the {v}.")},
+)
 _NEAR = _slot(
     "near",
     ("the market hall", "the train station", "the castle", "the opera", "the lighthouse", "the zoo"),
-    lambda v: {"after": (f"near {v}", f"close to {v}"), "sentence": (f"It lies near {v}.", f"It is a short walk from {v}.")},
+    lambda v: {
+        "after": (f"near {v}", f"close to {v}"),
+        "sentence": (f"It lies near {v}.", f"It is a short walk from {v}."),
+    },
 )
 _PRICE = _slot("price", ("low", "moderate", "high"), _price)
 _RATING = _slot(
@@ -482,7 +503,10 @@ _WORLD: dict[str, tuple[tuple[str, ...], tuple[_Slot, ...]]] = {
             _slot(
                 "food",
                 ("Italian", "Indian", "French", "Japanese", "Greek", "Mexican"),
-                lambda v: {"before": (v,), "sentence": (f"It serves {v} food.", f"The kitchen is {v}.", f"They cook {v} dishes.")},
+                lambda v: {
+                    "before": (v,),
+                    "sentence": (f"It serves {v} food.", f"The kitchen is {v}.", f"They cook {v} dishes."),
+                },
             ),
             _PRICE,
             _AREA,
@@ -501,7 +525,11 @@ _WORLD: dict[str, tuple[tuple[str, ...], tuple[_Slot, ...]]] = {
     "hotel": (
         ("hotel", "guest house", "place to stay"),
         (
-            _slot("stars", ("two", "three", "four"), lambda v: {"before": (f"{v}-star",), "sentence": (f"It has {v} stars.",)}),
+            _slot(
+                "stars",
+                ("two", "three", "four"),
+                lambda v: {"before": (f"{v}-star",), "sentence": (f"It has {v} stars.",)},
+            ),
             _PRICE,
             _AREA,
             _RATING,
@@ -513,7 +541,10 @@ _WORLD: dict[str, tuple[tuple[str, ...], tuple[_Slot, ...]]] = {
             _slot(
                 "internet",
                 ("yes", "no"),
-                _yes_no(("It has wireless internet.", "There is internet in the rooms."), ("It has no internet.", "There is no internet.")),
+                _yes_no(
+                    ("It has wireless internet.", "There is internet in the rooms."),
+                    ("It has no internet.", "There is no internet."),
+                ),
             ),
             _NEAR,
         ),
@@ -532,7 +563,10 @@ _WORLD: dict[str, tuple[tuple[str, ...], tuple[_Slot, ...]]] = {
             _slot(
                 "guided tours",
                 ("yes", "no"),
-                _yes_no(("There are guided tours.", "A guide shows you round."), ("There are no guided tours.", "You walk round alone.")),
+                _yes_no(
+                    ("There are guided tours.", "A guide shows you round."),
+                    ("There are no guided tours.", "You walk round alone."),
+                ),
             ),
             _NEAR,
         ),
@@ -676,11 +710,13 @@ def micro_reviews(
         for aspect in draw.sample(aspects, 3):
             is_good, is_negated = draw.random() < 0.5, draw.random() < 0.25
             word = draw.choice(_GOOD if is_good else _BAD)
-            verb = draw.choice(("was", "seemed")) + (" not" if is_negated else draw.choice(("", "", " really", " rather")))
+            verb = draw.choice(("was", "seemed")) + (
+                " not" if is_negated else draw.choice(("", "", " really", " rather"))
+            )
             parts.append((is_good != is_negated, f"{aspect} {verb} {word}"))
             votes += 1 if is_good != is_negated else -1
         text = parts[0][1]
-        for (before, _), (after, clause) in zip(parts, parts[1:], strict=False):
+        for (before, _), (after, clause) in pairwise(parts):
             text += f" {'and' if before == after else 'but'} {clause}"
         label = int(votes > 0)
         reviews.append(Labelled(f"{text} ." + (f" it was {verdict[label]} ." if verdict is not None else ""), label))

@@ -288,16 +288,19 @@ class PromptCollator:
         }
 
 # %% ../../nbs/dp/05_tasks.ipynb #cf221668
-def _body(model: nn.Module) -> nn.Module:
-    """Return the part of a Hugging Face model that comes before its head; wrappers are looked through."""
+def _bodies(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose output a Hugging Face model may hand to its head; wrappers are looked through."""
     inner: Any = model
     for attribute in ("module", "_orig_mod"):  # DistributedDataParallel, torch.compile
         inner = getattr(inner, attribute, inner)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # peft
     body = getattr(inner, "base_model", None)
     if not isinstance(body, nn.Module) or body is inner:
-        raise ValueError(f"{type(model).__name__} has no head over a body (model.base_model); pass a ...ForCausalLM or ...ForMaskedLM")
-    return body
+        raise ValueError(
+            f"{type(model).__name__} has no head over a body (model.base_model); pass a ...ForCausalLM or ...ForMaskedLM"
+        )
+    decoder = getattr(body, "decoder", None)  # OPT calls this and passes over its body
+    return [body, decoder] if isinstance(decoder, nn.Module) else [body]
 
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
@@ -332,6 +335,8 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
 
     def pick(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output[0]  # (B, T, D); in front of it the virtual tokens of prompt tuning, if there are any
+        if seen:
+            return output
         chosen = hidden.take_along_dim((positions + hidden.shape[1] - length)[..., None], dim=1)  # (B, L, D)
         seen.append(True)
         if isinstance(output, tuple):
@@ -340,16 +345,17 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
         return output
 
     # A hook between body and head keeps what a model does around its head: scaling, soft caps, several layers.
-    handle = _body(model).register_forward_hook(pick)
+    handles = [body.register_forward_hook(pick) for body in _bodies(model)]
     try:
         if _keeps_cache(model):
             inputs.setdefault("use_cache", False)
         output = model(**inputs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     logits = output[0] if isinstance(output, tuple) else output.logits
     if not seen or logits.shape[:2] != positions.shape:
-        raise ValueError(f"{type(model).__name__} does not pass its body's output straight to its head; logits_at cannot serve it")
+        raise ValueError(f"{type(model).__name__} does not hand its body's output to its head; logits_at cannot serve it")
     return logits
 
 
@@ -429,8 +435,13 @@ class HeadClassifier(nn.Module):
 
 
 def classification_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the cross-entropy of every example, (B,), of a classifier of this module and a batch of its collator."""
+    """Return the cross-entropy of every example, (B,), of a classifier of this module and a batch of its collator.
+
+    For a batch of no examples the result is empty, and the model does not run.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if not len(batch["labels"]):  # the models of transformers cannot reshape a tensor of 0 rows
+        return next(model.parameters()).new_zeros(0)
     logits = model(**inputs)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"], reduction="none")
 
@@ -497,7 +508,7 @@ def encode_pair(tokenizer: Any, source: str, target: str) -> Example:
     >>> tokenizer.convert_ids_to_tokens(example.input_ids)
     ['name', ':', 'Zizzi', '<s>', 'Zizzi', 'is', 'a', 'pub', '</s>']
     >>> example.labels[:5]
-    (-100, -100, -100, -100, 5)
+    (-100, -100, -100, -100, 6)
     """
     return Example.of(
         encode_prompt(tokenizer, source), [*_ids(tokenizer, f" {target} "), _special_id(tokenizer, "eos", "sep")]
@@ -593,8 +604,8 @@ def pack_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     --------
     >>> pack_targets(torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, -100]]))
     (tensor([[1, 2],
-            [0, 0]]), tensor([[ 7,  8],
-            [ 5, -100]]))
+            [0, 0]]), tensor([[   7,    8],
+            [   5, -100]]))
     """
     ahead = labels[:, 1:]
     is_target = ahead != -100
@@ -645,7 +656,8 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns
     -------
     Tensor, shape (B,)
-        float32, or float64 for a float64 model. An example without targets has the loss 0 and the gradient 0.
+        float32, or float64 for a float64 model. An example without targets has the loss 0 and the gradient 0. For a
+        batch of no examples the result is empty, and the model does not run.
 
     Raises
     ------
@@ -658,6 +670,8 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         positions, targets = batch["target_positions"], batch["target_ids"]
     else:
         positions, targets = pack_targets(batch["labels"])
+    if not len(positions):  # the models of transformers cannot reshape a tensor of 0 rows
+        return next(model.parameters()).new_zeros(0)
     logits = logits_at(model, positions, **inputs)  # (B, L, V)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
