@@ -88,6 +88,42 @@ class _Tap(torch.autograd.Function):
         return None, None, *down, *(None,) * ctx.num_inputs
 
 # %% ../../nbs/dp/03_engine.ipynb #2b9b54e2
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand where a hook stood, in the copy of a model."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+class _Hook:
+    """A hook that stays behind when its model is copied or pickled: the copy has no engine."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple]:
+        return _no_hook, ()
+
+
+def _override(module: nn.Module, methods: dict[str, Callable[..., Any]]) -> None:
+    """Give one module other methods, by a class of its own; a copy of the module gets its former class."""
+    former = type(module)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made = former.__reduce_ex__(self, protocol)
+        return (made[0], (former, *made[1][1:]), *made[2:])
+
+    module.__class__ = type(former.__name__, (former,), {**methods, "__reduce_ex__": reduce, "__module__": former.__module__})
+
+
+def _restore(module: nn.Module) -> None:
+    module.__class__ = type(module).__bases__[0]  # type: ignore[assignment]
+
+
 class _Layer:
     """One module whose parameters the engine knows how to differentiate for each example."""
 
@@ -104,7 +140,7 @@ class _Layer:
 
     def attach(self) -> None:
         """Register what watches the module."""
-        self.handles = [self.module.register_forward_hook(self.after, with_kwargs=True)]
+        self.handles = [self.module.register_forward_hook(_Hook(self.after), with_kwargs=True)]
 
     def detach(self) -> None:
         """Leave the module as it was."""
@@ -274,8 +310,8 @@ class _EmbeddingLike(_Embedding):
     def attach(self) -> None:
         self.modes: list[_Lookup] = []
         self.handles = [
-            self.module.register_forward_pre_hook(self.before),
-            self.module.register_forward_hook(self.leave, always_call=True),
+            self.module.register_forward_pre_hook(_Hook(self.before)),
+            self.module.register_forward_hook(_Hook(self.leave), always_call=True),
         ]
 
     def before(self, module: nn.Module, args: tuple) -> None:
@@ -434,27 +470,27 @@ class _Whole(_Layer):
         flat_output = tree_flatten(output)[0]
         return [flat_output[i] for i in taps]
 
+    def arrive(self, call: _Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], batch: int) -> dict[str, Form]:
+        if all(g is None for g in grads):
+            return {}
+        for i, y in enumerate(saved[: call.num_outputs]):
+            if y.shape[self.batch_axis(i)] != batch:
+                raise ValueError(
+                    f"{self.path} ({type(self.module).__name__}): an output has shape {tuple(y.shape)} for a batch of {batch} "
+                    f"examples; freeze its own parameters {list(call.names)}"
+                )
+        return self.forms(call, saved, grads)
+
+    def batch_axis(self, index: int) -> int:
+        """Return the axis of the examples in the tensor of this number among the inputs, or among the outputs."""
+        return 1 if self.loop and index else 0  # hidden states of recurrent nets are (layers, B, d)
+
     def forms(self, call: _Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, Form]:
         outputs, inputs = saved[: call.num_outputs], saved[call.num_outputs :]
         upstream = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
-        batch = len(upstream[0])
         parameters = {name: p.detach() for name, p in zip(call.names, call.leaves, strict=True)}
-        mapped = [0 if x.dim() and x.shape[0] == batch else None for x in inputs]
-
-        def pull(slices: tuple[Tensor, ...], grad: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-            """Return one example's gradients of the parameters, and its outputs, to be compared with the recorded ones."""
-            example = [x.unsqueeze(0) if axis == 0 else x for x, axis in zip(slices, mapped, strict=True)]
-            found, vjp = torch.func.vjp(lambda p: tuple(self.run(call, p, example)), parameters)
-            return vjp(tuple(g.unsqueeze(0) for g in grad))[0], tuple(y.squeeze(0) for y in found)
-
         try:
-            if self.loop:
-                slices = [tuple(x[i] if axis == 0 else x for x, axis in zip(inputs, mapped, strict=True)) for i in range(batch)]
-                pairs = [self._pull_by_autograd(call, parameters, s, mapped, [g[i] for g in upstream]) for i, s in enumerate(slices)]
-                found = {name: torch.stack([pair[0][name] for pair in pairs]) for name in parameters}
-                again = [torch.stack(ys) for ys in zip(*(pair[1] for pair in pairs), strict=True)]
-            else:
-                found, again = torch.func.vmap(pull, in_dims=(tuple(mapped), 0))(tuple(inputs), tuple(upstream))
+            gradients, again = (self.one_by_one if self.loop else self.by_vmap)(call, parameters, inputs, upstream)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{self.path} ({type(self.module).__name__}): cannot be run for each example ({str(error).splitlines()[0]}); "
@@ -462,20 +498,39 @@ class _Whole(_Layer):
             ) from error
         for y, z in zip(outputs, again, strict=True):
             self.engine._compare(self.path, y, z)
-        return {name: Dense(x) for name, x in found.items()}
+        return {name: Dense(x) for name, x in gradients.items()}
 
-    def _pull_by_autograd(
-        self, call: _Call, parameters: dict[str, Tensor], slices: Sequence[Tensor], mapped: Sequence[int | None], grad: list[Tensor]
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        example = [x.unsqueeze(0) if axis == 0 else x for x, axis in zip(slices, mapped, strict=True)]
-        with torch.enable_grad():
-            leaves = {name: p.requires_grad_() for name, p in ((n, p.detach()) for n, p in parameters.items())}
-            outputs = self.run(call, leaves, example)
-            found = torch.autograd.grad(outputs, list(leaves.values()), [g.unsqueeze(0) for g in grad], allow_unused=True)
-        return (
-            {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), found, strict=True)},
-            [y.detach().squeeze(0) for y in outputs],
-        )
+    def by_vmap(
+        self, call: _Call, parameters: dict[str, Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        """Return gradients of all examples, (B, ...), and the outputs once more."""
+        batch = len(upstream[0])
+        axes = tuple(0 if x.dim() and x.shape[0] == batch else None for x in inputs)
+
+        def pull(slices: tuple[Tensor, ...], grad: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+            example = [x if axis is None else x.unsqueeze(0) for x, axis in zip(slices, axes, strict=True)]
+            found, vjp = torch.func.vjp(lambda p: tuple(self.run(call, p, example)), parameters)
+            return vjp(tuple(g.unsqueeze(0) for g in grad))[0], tuple(y.squeeze(0) for y in found)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*performance drop")  # an operation that vmap runs in a loop
+            return torch.func.vmap(pull, in_dims=(axes, 0))(tuple(inputs), tuple(upstream))
+
+    def one_by_one(
+        self, call: _Call, parameters: dict[str, Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        """Return the same for modules that cannot be vectorised over examples."""
+        leaves = {name: p.requires_grad_() for name, p in parameters.items()}
+        gradients, again = [], []
+        for i in range(len(upstream[0])):
+            example = [x.narrow(self.batch_axis(k), i, 1) for k, x in enumerate(inputs)]
+            grad = [g.narrow(self.batch_axis(k), i, 1) for k, g in enumerate(upstream)]
+            with torch.enable_grad():
+                outputs = self.run(call, leaves, example)
+                gradients.append(torch.autograd.grad(outputs, list(leaves.values()), grad))
+            again.append([y.detach() for y in outputs])
+        stacked = {name: torch.stack([g[k] for g in gradients]) for k, name in enumerate(leaves)}
+        return stacked, [torch.cat([ys[k] for ys in again], self.batch_axis(k)) for k in range(len(upstream))]
 
 
 def _named_parameters(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -495,25 +550,23 @@ class _PositionBias(_Layer):
     rule_applies = False
 
     def attach(self) -> None:
-        attention: Any = self.module
-        self.table = attention.relative_attention_bias
-        original = attention.compute_bias
+        original = type(self.module).compute_bias
+        self.table: Any = self.module.relative_attention_bias
 
-        def compute_bias(*args: Any, **kwargs: Any) -> Tensor:
-            weight = self.table.weight
-            batch = self.engine._batch_size()
+        def compute_bias(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
+            weight, batch = self.table.weight, self.engine._batch_size()
             if not (self.active() and weight.requires_grad) or batch is None:
-                return original(*args, **kwargs)
+                return original(attention, *args, **kwargs)
             ids: list[Tensor] = []
-            with self.engine._silence(), _Lookup(self.table, lambda i, result: (ids.append(i), result)[1]):
-                values = original(*args, **kwargs)  # (1, H, T, S)
+            with self.engine._silence(), _Lookup(self.table, lambda found, result: (ids.append(found), result)[1]):
+                values = original(attention, *args, **kwargs)  # (1, H, T, S)
             call = _Call(self, ("relative_attention_bias.weight",), (weight,), keep=(False, True), expand=batch)
             return _Tap.apply(call, self.engine._anchor_on(values.device), values, ids[0])
 
-        attention.compute_bias = compute_bias
+        _override(self.module, {"compute_bias": compute_bias})
 
     def detach(self) -> None:
-        del self.module.compute_bias
+        _restore(self.module)
 
     def arrive(self, call: _Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], batch: int) -> dict[str, Form]:
         if grads[0] is None:
@@ -529,13 +582,12 @@ class _RelativeTable(_Layer):
     """
 
     def attach(self) -> None:
-        encoder: Any = self.module
-        original = encoder.get_rel_embedding
+        original = type(self.module).get_rel_embedding
 
-        def get_rel_embedding() -> Tensor | None:
+        def get_rel_embedding(encoder: Any) -> Tensor | None:
             batch = self.engine._batch_size()
             if batch is None or not self.active() or not encoder.relative_attention:
-                return original()
+                return original(encoder)
             table = encoder.rel_embeddings.weight
             if not table.requires_grad:
                 rel = table.expand(batch, -1, -1)
@@ -544,35 +596,35 @@ class _RelativeTable(_Layer):
                 rel = _Tap.apply(call, self.engine._anchor_on(table.device), table[None])
             return encoder.LayerNorm(rel) if "layer_norm" in getattr(encoder, "norm_rel_ebd", ()) else rel
 
-        encoder.get_rel_embedding = get_rel_embedding
-        self.wrapped: list[tuple[Any, str]] = []
-        for attention in encoder.modules():
+        _override(self.module, {"get_rel_embedding": get_rel_embedding})
+        self.overridden = [self.module]
+        for attention in self.module.modules():
             for name in ("disentangled_attention_bias", "disentangled_att_bias"):
-                if hasattr(attention, name):
-                    self._wrap(attention, name)
-
-    def _wrap(self, attention: Any, name: str) -> None:
-        original = getattr(attention, name)
-
-        def bias(query: Tensor, key: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: Any) -> Tensor:
-            if rel_embeddings.dim() == 2:
-                return original(query, key, relative_pos, rel_embeddings, scale_factor)
-            with _ForEachExample(rel_embeddings):
-                return original(query, key, relative_pos, rel_embeddings, scale_factor)
-
-        setattr(attention, name, bias)
-        self.wrapped.append((attention, name))
+                if hasattr(type(attention), name):
+                    _override(attention, {name: _with_a_table_each(getattr(type(attention), name))})
+                    self.overridden.append(attention)
 
     def detach(self) -> None:
-        del self.module.get_rel_embedding
-        for attention, name in self.wrapped:
-            delattr(attention, name)
+        for module in self.overridden:
+            _restore(module)
 
     def arrive(self, call: _Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], batch: int) -> dict[str, Form]:
         g = grads[0]
         if g is None:
             return {}
         return {call.names[0]: Rows(torch.arange(g.shape[1], device=g.device).expand(batch, -1), g, g.shape[1])}
+
+
+def _with_a_table_each(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return DeBERTa's method for a table of relative positions with a copy for each example."""
+
+    def bias(attention: Any, query: Tensor, key: Tensor, relative_pos: Any, table: Tensor, scale_factor: Any) -> Tensor:
+        if table.dim() == 2:
+            return original(attention, query, key, relative_pos, table, scale_factor)
+        with _ForEachExample(table):
+            return original(attention, query, key, relative_pos, table, scale_factor)
+
+    return bias
 
 
 class _ForEachExample(TorchFunctionMode):
@@ -894,7 +946,7 @@ class ClipEngine:
             for name in FLATTENED.get(type(module).__name__, ()):
                 flattened.add(id(getattr(module, name)))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                self._handles.append(module.register_forward_pre_hook(_refuse_training_batch_norm))
+                self._handles.append(module.register_forward_pre_hook(_Hook(_refuse_training_batch_norm)))
         for path, module in self.model.named_modules():
             if any(p is not None for p in module._parameters.values()) or isinstance(module, nn.MultiheadAttention):
                 layer = _layer_for(self, path, module)
@@ -905,8 +957,8 @@ class ClipEngine:
         inside = {id(child) for module in whole for child in module.modules()} - {id(module) for module in whole}
         self._layers = [layer for layer in self._layers if id(layer.module) not in inside]
         self._layers += special
-        self._handles.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(_Hook(self._leave), always_call=True))
         for layer in self._layers:
             layer.attach()
 
@@ -1076,6 +1128,8 @@ class ClipEngine:
             if size <= budget:
                 rules[slot] = "instantiate"
                 budget -= size
+        for slot, rule in rules.items():
+            self._report[slot]["rule"] = rule
         return counts, rules
 
     def _arrive(self, call: _Call, ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -1280,7 +1334,9 @@ class ClipEngine:
         anchors = list(self._anchors.values())
         self._sweep = sweep
         try:
-            torch.autograd.grad(losses.sum(), anchors, retain_graph=retain_graph, allow_unused=True)
+            with torch.enable_grad():
+                total = losses.sum()
+            torch.autograd.grad(total, anchors, retain_graph=retain_graph, allow_unused=True)
         finally:
             self._sweep = None
         missing = [slot for slot, count in sweep.counts.items() if sweep.seen[slot] != count]
