@@ -370,8 +370,7 @@ class PoissonLoader:
     Going through it ends after the last logical batch. Going through it again goes on after the last one that was
     completed. `place` says what the batch at hand is.
 
-    An empty piece comes as a batch of the same form with no rows. Where all processes must run the same layers
-    (``equal_chunks``) it is a batch of one record instead, whose loss must be multiplied by 0; `Private.step` does so.
+    An empty piece comes as a batch of the same form with no rows, or as a ``placeholder``.
 
     Parameters
     ----------
@@ -382,6 +381,9 @@ class PoissonLoader:
         Makes a batch of records, as for a ``DataLoader``.
     device : torch.device, optional
         Where the tensors of a batch are moved.
+    placeholder : bool
+        Where nobody was drawn, give the first record instead of a batch without rows, which many models cannot run. Its
+        loss must not be used: nobody was drawn. `Private.step` sees to that.
     **options
         For ``torch.utils.data.DataLoader``, such as ``num_workers``.
 
@@ -398,6 +400,7 @@ class PoissonLoader:
         *,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         device: torch.device | str | None = None,
+        placeholder: bool = False,
         **options: Any,
     ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -410,7 +413,7 @@ class PoissonLoader:
         taken = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & options.keys())
         if taken:
             raise ValueError(f"{', '.join(taken)}: coins make the batches here; leave it out")
-        self.dataset, self.sampler, self.device = dataset, sampler, device
+        self.dataset, self.sampler, self.device, self.placeholder = dataset, sampler, device, placeholder
         self._place: Chunk | None = None
         self._feed: deque[tuple[Chunk, dict[str, Any] | None]] = deque()
         self._completed = sampler.state_dict()
@@ -449,10 +452,9 @@ class PoissonLoader:
         return tensor.to(self.device, non_blocking=True)
 
     def _empty_batch(self) -> Any:
-        if self._empty is None:  # the form alone is used of this record
-            collate = self._loader.collate_fn
-            batch = collate([self.dataset[0]])
-            self._empty = batch if self.sampler.equal_chunks else _without_rows(batch)
+        if self._empty is None:
+            batch = self._loader.collate_fn([self.dataset[0]])
+            self._empty = batch if self.placeholder else _without_rows(batch)
         return _map_tensors(self._empty, torch.clone)
 
     def complete(self) -> None:
@@ -1117,7 +1119,8 @@ class Private:
         Parameters
         ----------
         losses : Tensor, shape (records in the piece,), or None
-            One loss for each record, not reduced. None is allowed for a piece without records.
+            One loss for each record, not reduced. A piece without records comes with one row, whose loss is not used;
+            None is allowed then, unless weights are split.
 
         Returns
         -------
@@ -1141,22 +1144,24 @@ class Private:
                 f"batch {place.piece} of step {place.step} came after batch {used.piece} of step {used.step}: one in between "
                 "was never used. Leaving records out by what they hold breaks the sampling; call step for every batch"
             )
-        placeholder = not place and self.loader.sampler.equal_chunks
-        if losses is not None and losses.shape != (len(place) + placeholder,):
+        rows = len(place) or int(self.loader.placeholder)
+        if losses is not None and losses.shape != (rows,):
             raise ValueError(
-                f"losses has shape {tuple(losses.shape)}; give one loss for each of the {len(place)} records of this batch, "
+                f"losses has shape {tuple(losses.shape)}; give one loss for each of the {rows} rows of this batch, "
                 'with reduction="none" and the mean taken over the tokens of a record'
             )
-        if losses is None and (place or placeholder):
-            raise ValueError(f"losses is None, but this batch has {len(place) + placeholder} rows")
+        must_run = self.loader.sampler.equal_chunks  # all processes run the same layers equally often
+        if losses is None and (place or must_run):
+            raise ValueError(f"losses is None, but this batch has {rows} rows")
         if used is not None and not used.last and place.piece == 0:
             self.optimizer.zero_grad()  # what is left of a logical batch that was abandoned
-        if placeholder:
+        if place:
+            assert losses is not None
+            self.optimizer.backward(losses)
+        elif must_run:
             assert losses is not None
             _reshard(self.engine.model)
-            self.engine.backward(losses * 0)  # the layers have to run; nothing is added, and nobody is counted
-        elif losses is not None and place:
-            self.optimizer.backward(losses)
+            self.engine.backward(losses * 0)  # nothing is added, and nobody is counted
         self._used = place
         if not place.last:
             return False
@@ -1405,7 +1410,8 @@ def make_private(
         record=record,
         i_know_this_is_not_private=i_know_this_is_not_private,
     )
-    loader = PoissonLoader(dataset, sampler, collate_fn=collate_fn, device=device, **(loader_options or {}))
+    options = {"collate_fn": collate_fn, "device": device, "placeholder": True, **(loader_options or {})}
+    loader = PoissonLoader(dataset, sampler, **options)
     return Private(loader, wrapped, engine, accountant, delta=delta, method=method, seed=seed)
 
 

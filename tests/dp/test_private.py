@@ -16,7 +16,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.data import Dataset
 
-from oral4.dp.accountant import Accountant, calibrate_sigma
+from oral4.dp.accountant import Accountant, calibrate_sigma, joint_sigma
 from oral4.dp.accountant import epsilon as epsilon_of
 from oral4.dp.engine import ClipEngine
 from oral4.dp.private import (
@@ -29,9 +29,11 @@ from oral4.dp.private import (
     add_noise,
     flip_coins,
     make_private,
+    private_gradient_reference,
     secure_generator,
 )
 from oral4.errors import CheckpointError
+from oral4.train.randomness import derive_seed
 
 
 def seeded(seed=0):
@@ -865,8 +867,6 @@ def test_no_state_in_the_middle_of_a_batch():
 
 def by_hand(model, steps=10, batch_size=6, sigma=1.0, clip_norm=0.3, lr=0.05, seed=0):
     """The whole of DP-SGD in a few lines: coins, clipped sum, noise, expected size."""
-    from oral4.train.randomness import derive_seed
-
     coins, noise = seeded(derive_seed(seed, "coins")), seeded(derive_seed(seed, "noise", 0, 0))
     for _ in range(steps):
         total = clipped_sum(model, flip_coins(60, batch_size / 60, coins).tolist(), clip_norm)
@@ -965,7 +965,7 @@ def test_one_loss_for_each_record():
     with pytest.raises(RuntimeError, match="there is no new batch"):
         private.step(torch.zeros(3))
     x, y = next(iter(private.loader))
-    with pytest.raises(ValueError, match=rf"losses has shape \(\); give one loss for each of the {len(x)} records"):
+    with pytest.raises(ValueError, match=rf"losses has shape \(\); give one loss for each of the {len(x)} rows"):
         private.step((model(x) - y).square().mean())
     with pytest.raises(ValueError, match=rf"losses has shape \({len(x)}, 2\)"):
         private.step((model(x) - y).square())
@@ -1058,3 +1058,228 @@ def test_without_noise_epsilon_is_infinite():
 def test_names_are_public():
     assert isinstance(private_of(linear()), Private) and Chunk([1, 2], step=3).step == 3
     assert repr(Chunk([1, 2], step=3)) == "Chunk([1, 2], step=3, piece=0, last=True)"
+
+
+# ---- other rules of clipping, other models ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sensitivity"),
+    [
+        ({"clipping": "automatic"}, 0.3),
+        ({"clipping": "per_layer", "groups": lambda name: name, "group_norms": {"weight": 0.4, "bias": 0.3}}, 0.5),
+        ({"mode": "two_pass"}, 0.3),
+    ],
+    ids=["automatic", "per_layer", "two_pass"],
+)
+def test_noise_is_measured_in_the_sensitivity_of_the_rule(options, sensitivity):
+    model = linear()
+    start = flat(model)
+    private = private_of(model, inner=torch.optim.SGD, steps=1, batch_size=1e-9, **options)
+    noise = copy.deepcopy(private.optimizer.noise.on(torch.device("cpu")).get_state())
+    for _ in private.loader:
+        private.step(None)
+    generator = seeded()
+    generator.set_state(noise)
+    expected = start - 0.05 * expected_noise(model, 1.0, 1e-9, sensitivity, generator)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-12, atol=0)
+
+
+def test_adaptive_clipping_pays_for_its_counts():
+    model = linear()
+    options = {"clipping": "adaptive", "clip_norm": 20.0, "count_noise_multiplier": 5.0, "target_quantile": 0.3}
+    private = private_of(model, noise_multiplier=None, epsilon=2.0, delta=1e-3, **options)
+    total = calibrate_sigma(2.0, 1e-3, 0.1, 10)
+    sigma = private.optimizer.noise_multiplier
+    assert sigma > total
+    assert private.optimizer.charged_sigma == pytest.approx(joint_sigma(sigma, 5.0), rel=1e-12)
+    assert total <= private.optimizer.charged_sigma <= total * (1 + 1e-9)
+    norms = [20.0]
+    for batch in private.loader:
+        if private.step(losses_of(model, batch)):
+            norms.append(private.engine.clip_norm)
+    assert len(set(norms)) == 11  # it moves in every step
+    spent = private.spent()
+    assert [(s.q, s.sigma, s.steps) for s in spent.segments] == [(0.1, private.optimizer.charged_sigma, 10)]
+    assert 1.9 < spent.epsilon <= 2.0
+    assert "is charged as sigma" in private.summary()
+    saved = through_file(private.state_dict())
+    other = private_of(linear(), noise_multiplier=None, epsilon=2.0, delta=1e-3, **options)
+    other.load_state_dict(saved)
+    assert other.engine.clip_norm == norms[-1]
+
+
+def test_adaptive_clipping_finds_the_quantile():
+    """Without noise, and with a step that changes nothing, the norm goes where half of the gradients lie below."""
+    model = linear()
+    private = private_of(model, inner=lambda p, lr: torch.optim.SGD(p, lr=0.0), batch_size=60, steps=200,
+                         noise_multiplier=0.0, i_know_this_is_not_private=True, max_physical=None,
+                         clipping="adaptive", clip_norm=0.1)  # fmt: skip
+    train(private, model)
+    norms = torch.tensor([float(clipped_sum(model, [i], 1e9).norm()) for i in range(60)]).sort().values
+    # the count jumps at a norm: C swings around the median by a step of at most exp(0.2 / 60) at the 30th of them
+    assert float(norms[29]) * 0.99 < private.engine.clip_norm < float(norms[30]) * 1.01
+
+
+def test_counts_that_cost_more_than_the_budget_are_refused():
+    with pytest.raises(ValueError, match="raise count_noise_multiplier or batch_size"):
+        private_of(linear(), noise_multiplier=None, epsilon=0.5, delta=1e-3, clipping="adaptive",
+                   count_noise_multiplier=0.4)  # fmt: skip
+    with pytest.raises(ValueError, match="count_noise_multiplier=-1"):
+        private_of(linear(), clipping="adaptive", count_noise_multiplier=-1)
+
+
+def test_abandoned_counts_are_forgotten():
+    model = linear()
+    private = private_of(model, batch_size=60, max_physical=20, clipping="adaptive", clip_norm=1e6)
+    private.step(losses_of(model, next(iter(private.loader))))  # all 20 below the norm
+    private.optimizer.zero_grad()
+    assert float(private.engine.take_count()) == 0
+
+
+def test_the_reference_is_the_definition():
+    model = linear()
+    total = clipped_sum(model, range(7), 0.3)
+    losses = losses_of(model, batch_of(range(7)))
+    found = private_gradient_reference(losses, list(model.parameters()), clip_norm=0.3, noise_multiplier=1.5,
+                                       expected_batch_size=8.0, generator=seeded(5))  # fmt: skip
+    found = torch.cat([part.flatten() for part in found])
+    torch.testing.assert_close(found, total / 8 + expected_noise(model), rtol=0, atol=1e-7)  # 1e-6 more in a norm
+
+
+class Sentences:
+    """Token ids of uneven length, and a collator for them."""
+
+    def __init__(self, size=40):
+        generator = seeded(3)
+        lengths = torch.randint(3, 10, (size,), generator=generator).tolist()
+        self.rows = [torch.randint(1, 40, (length,), generator=generator) for length in lengths]
+        self.lengths = lengths
+
+    @staticmethod
+    def collate(rows):
+        from transformers import BatchEncoding
+
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+
+def language_losses(model, batch):
+    """Mean loss over the tokens of a sentence."""
+    logits = model(**batch, use_cache=False).logits[:, :-1].float()
+    target, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+    return (losses * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=41, n_positions=12, resid_pdrop=0.0, embd_pdrop=0.0,
+                        attn_pdrop=0.0)  # fmt: skip
+    return GPT2LMHeadModel(config).train()  # embedding and output layer are tied
+
+
+@pytest.mark.parametrize("size", [8, 0.5])
+def test_a_tied_language_model_trains_in_pieces_of_similar_length(size):
+    """Pieces, padding and empty batches change nothing: one big step is the sum of what a loop over records gives."""
+    data, model, other = Sentences(), gpt2(), gpt2()
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), data.rows, batch_size=size, steps=6,
+                           noise_multiplier=0.5, max_physical=3, collate_fn=Sentences.collate, lengths=data.lengths,
+                           seed=0)  # fmt: skip
+    coins, noise = seeded(derive_seed(0, "coins")), seeded(derive_seed(0, "noise", 0, 0))
+    sizes = []
+    for batch in private.loader:
+        sizes.append(len(private.loader.place))
+        private.step(language_losses(model, batch))
+    assert max(sizes) <= 3 and (size == 8 or 0 in sizes)
+    parameters = list(other.parameters())
+    for _ in range(6):
+        records = flip_coins(40, size / 40, coins).tolist()
+        losses = [language_losses(other, Sentences.collate([data.rows[i]])) for i in records]
+        losses = torch.cat(losses) if losses else torch.zeros(0)
+        gradient = private_gradient_reference(losses, parameters, clip_norm=0.1, noise_multiplier=0.5,
+                                              expected_batch_size=size, generator=noise)  # fmt: skip
+        with torch.no_grad():
+            for parameter, part in zip(parameters, gradient, strict=True):
+                parameter -= part
+    for (name, ours), reference in zip(model.named_parameters(), parameters, strict=True):
+        # float32, six steps; the engine adds 1e-6 to a norm of order 1
+        torch.testing.assert_close(ours, reference, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_autocast_keeps_sums_and_noise_in_float32():
+    data, model = Sentences(), gpt2()
+    private = make_private(model, torch.optim.AdamW(model.parameters(), lr=1e-3), data.rows, batch_size=8, steps=2,
+                           noise_multiplier=0.5, collate_fn=Sentences.collate, seed=0)  # fmt: skip
+    kinds = set()
+    private.optimizer.register_step_pre_hook(lambda *_: kinds.update(p.grad.dtype for p in model.parameters()))
+    for batch in private.loader:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = language_losses(model, batch)
+        private.step(losses)
+    assert private.optimizer.steps == 2 and kinds == {torch.float32}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """Noise from a generator of the GPU, in batches that the loader moves there, without waiting in a step."""
+    device = torch.device("cuda")
+    state = secure_generator(device).get_state()
+    assert int((state != secure_generator(device).get_state()).sum()) >= 6  # of the 8 bytes of the key
+    model = nn.Linear(300, 700, bias=False).to(device)
+    nn.init.zeros_(model.weight)
+    zeros = [(torch.zeros(300), torch.zeros(700)) for _ in range(64)]
+    for seed in (None, 0):
+        private = make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), zeros, batch_size=16, steps=1,
+                               noise_multiplier=0.8, clip_norm=0.5, seed=seed, record=True)  # fmt: skip
+        for x, y in private.loader:
+            assert x.device.type == "cuda"
+            private.optimizer.backward((model(x) - y).square().mean(dim=1))
+            before = model.weight.detach().clone()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                private.optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found = (model.weight.detach() - before).double() * 16 / (0.8 * 0.5)
+            assert abs(float(found.var()) - 1) < 5 * math.sqrt(2 / found.numel())
+        found = private.optimizer.records()["noise_norm"][0]
+        torch.testing.assert_close(found, 0.025 * math.sqrt(210_000), rtol=0.02, atol=0)
+        private.engine.detach()
+        nn.init.zeros_(model.weight)
+    with pytest.raises(ValueError, match="parameters on cuda:0, noise generators on cpu"):
+        optimizer_of(model, generator=seeded()).step()
+
+
+@pytest.mark.gpu
+def test_split_weights_on_a_gpu():
+    """FSDP2 over the GPUs that are there, one process: the same step as whole weights, noise included."""
+    import os
+
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group("nccl")
+    try:
+        ends = []
+        for is_split in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 2)).cuda()
+            if is_split:
+                mesh = init_device_mesh("cuda", (1,))
+                fully_shard(model[0], mesh=mesh), fully_shard(model, mesh=mesh)
+            data = [tuple(part.float() for part in pair) for pair in DATA]
+            private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), data, batch_size=12, steps=4,
+                                   noise_multiplier=1.0, max_physical=5, clip_norm=0.3, seed=0)  # fmt: skip
+            train(private, model)
+            whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+            ends.append(torch.cat([part.detach().flatten() for part in whole]))
+        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-5)  # float32, four steps
+    finally:
+        dist.destroy_process_group()
