@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from ..measure.intervals import t_quantile
+from .accountant import gaussian_delta, gaussian_epsilon
+from .engine import ClipEngine
+from .private import DPOptimizer
 
 # %% auto #0
 __all__ = ['Released', 'one_run_p_value', 'one_run_lower_bound', 'make_canaries', 'make_secrets', 'toss_coins', 'guess_coins',
            'attack_auc', 'OneRunAudit', 'one_run_audit', 'exposure', 'canary_rank', 'ExtrapolatedExposure',
            'extrapolated_exposure', 'exposure_lower_bound', 'clopper_pearson', 'epsilon_from_errors', 'mu_from_errors',
-           'gaussian_delta', 'gaussian_epsilon', 'gaussian_mu', 'dirac_gradients', 'SensitivityAudit',
-           'sensitivity_audit', 'Measured', 'MechanismAudit', 'mechanism_audit']
+           'gaussian_mu', 'dirac_gradients', 'SensitivityAudit', 'sensitivity_audit', 'engine_sum', 'optimizer_step',
+           'Measured', 'MechanismAudit', 'mechanism_audit']
 
 # %% ../../nbs/dp/06_audit.ipynb #f3e3992f
 @lru_cache(maxsize=64)
@@ -72,24 +75,34 @@ def _largest(rejects: Callable[[float], bool], tolerance: float = 1e-9) -> float
 
 # %% ../../nbs/dp/06_audit.ipynb #9ab5e396
 def one_run_p_value(
-    correct: int, guesses: int, epsilon: float, delta: float = 0.0, *, canaries: int | None = None
+    correct: int,
+    guesses: int,
+    epsilon: float,
+    delta: float = 0.0,
+    *,
+    canaries: int | None = None,
+    formula: str = "tight",
 ) -> float:
     """Return a bound on the probability of so many correct guesses if the training is (epsilon, delta)-DP.
 
-    Theorem 5.2 of Steinke, Nasr and Jagielski (2023). With ``delta = 0`` it is a binomial tail.
+    With ``delta = 0`` it is a binomial tail (Steinke, Nasr and Jagielski, 2023, Theorem 5.2), which randomised response
+    reaches. With ``delta > 0`` it is derived on the notebook's page; for a small delta some mechanism reaches it.
 
     Parameters
     ----------
     correct : int, 0 to ``guesses``
         Coins that were guessed right.
     guesses : int
-        Coins that were guessed at all. Their number must not depend on the coins.
+        Coins that were guessed at all; fixed beforehand.
     epsilon : float, >= 0
         The claim.
     delta : float, in [0, 1)
         The claim.
     canaries : int, at least ``guesses``
         Coins that were tossed, those without a guess included. Needed if ``delta > 0``.
+    formula : {"tight", "published"}
+        How delta is treated. ``"published"`` is the term of Theorem 5.2 of the paper, to compare with its numbers. It is
+        the weaker one wherever the binomial tail is below a half; far above, it can be too small to be a bound.
 
     Returns
     -------
@@ -110,36 +123,50 @@ def one_run_p_value(
     _check_delta(delta)
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon}: give a finite number >= 0")
+    if formula not in ("tight", "published"):
+        raise ValueError(f"formula={formula!r}; choose 'tight' or 'published'")
     if canaries is None and delta > 0:
         raise ValueError(
             f"delta={delta} needs canaries=, the number of coins tossed, those without a guess included: "
             "the bound grows with it"
         )
     tossed = guesses if canaries is None else _whole("canaries", canaries, guesses)
-    pmf = np.exp(_coin_log_pmf(guesses, epsilon))  # of W ~ Binomial(guesses, e^epsilon / (1 + e^epsilon))
-    tail = float(pmf[correct:].sum())
+    log_pmf = _coin_log_pmf(guesses, epsilon)  # of W ~ Binomial(guesses, e^epsilon / (1 + e^epsilon))
+    log_tail = float(np.logaddexp.reduce(log_pmf[correct:]))
+    tail = math.exp(log_tail)
     if delta == 0 or correct == 0:
         return min(1.0, tail)
-    below = np.cumsum(pmf[correct - 1 :: -1])  # P[correct - i <= W < correct] for i = 1, 2, ...
-    slope = float((below / np.arange(1, correct + 1)).max())
-    return min(1.0, tail + 2 * tossed * delta * slope)
+    counts = np.arange(1, correct + 1)
+    if formula == "published":
+        below = np.cumsum(np.exp(log_pmf[correct - 1 :: -1]))  # P[correct - i <= W < correct] for i = 1, 2, ...
+        return min(1.0, tail + 2 * tossed * delta * float((below / counts).max()))
+    log_below = np.logaddexp.accumulate(log_pmf[:correct])  # log P[W < k] for k = 1, 2, ..., correct
+    log_price = log_below - np.log(counts) - log_pmf[1 : correct + 1]  # of P[W < k] / (k P[W = k])
+    log_gain = log_tail + float(log_price.max()) + math.log(tossed * delta)
+    return min(1.0, tail + math.exp(min(0.0, log_gain)))
 
 
 def one_run_lower_bound(
-    correct: int, guesses: int, delta: float = 0.0, beta: float = 0.05, *, canaries: int | None = None
+    correct: int,
+    guesses: int,
+    delta: float = 0.0,
+    beta: float = 0.05,
+    *,
+    canaries: int | None = None,
+    formula: str = "tight",
 ) -> float:
     """Return the epsilon that one training run refutes: at confidence 1 - beta the true epsilon is larger.
 
-    Section 5 of Steinke, Nasr and Jagielski (2023). Each canary is put into the training set or left out by a fair
-    coin of its own. From the outcome of the training an auditor guesses ``guesses`` of the coins. A training that is
+    Steinke, Nasr and Jagielski (2023). Each canary is put into the training set or left out by a fair coin of its own.
+    From the outcome of the training an auditor guesses ``guesses`` of the coins. A training that is
     (epsilon, delta)-DP with an epsilon below the returned value would produce so many correct guesses with a
     probability below ``beta``.
 
     Parameters
     ----------
-    correct, guesses, canaries
-        As in `one_run_p_value`. Which and how many coins are guessed may depend on the outcome of the training, but
-        not on the coins; see `one_run_audit`.
+    correct, guesses, canaries, formula
+        As in `one_run_p_value`. Which coins are guessed may depend on the outcome of the training, how many may not;
+        see `one_run_audit`.
     delta : float, in [0, 1)
         The delta of the guarantee under test.
     beta : float, in (0, 1)
@@ -148,7 +175,7 @@ def one_run_lower_bound(
     Returns
     -------
     float
-        0 if nothing is refuted. At most ``log(guesses / beta)``, whatever the training leaks.
+        0 if nothing is refuted. About ``log(guesses / log(1 / beta))`` at most, whatever the training leaks.
 
     Raises
     ------
@@ -159,11 +186,13 @@ def one_run_lower_bound(
     --------
     >>> round(one_run_lower_bound(100, 100), 2)
     3.49
-    >>> round(one_run_lower_bound(75, 100, delta=1e-4, canaries=1000), 3)
+    >>> round(one_run_lower_bound(75, 100, delta=1e-4, canaries=1000, formula="published"), 3)  # as the paper prints
     0.673
     """
     _check_rate("beta", beta)
-    return _largest(lambda epsilon: one_run_p_value(correct, guesses, epsilon, delta, canaries=canaries) < beta)
+    return _largest(
+        lambda epsilon: one_run_p_value(correct, guesses, epsilon, delta, canaries=canaries, formula=formula) < beta
+    )
 
 # %% ../../nbs/dp/06_audit.ipynb #a1cc0317
 def make_canaries(
@@ -539,22 +568,35 @@ def extrapolated_exposure(loss: float, sample: Any) -> ExtrapolatedExposure:
     width = std / math.sqrt(1 - 2 * lean**2 / math.pi)
     start = mean - width * lean * math.sqrt(2 / math.pi)
     shape = lean / math.sqrt(1 - lean**2)
-    log_mass = _skew_normal_log_cdf((loss - start) / width, shape)
-    fitted = np.exp([_skew_normal_log_cdf(float(z), shape) for z in (values - start) / width])
-    steps = np.arange(len(values) + 1) / len(values)
-    distance = float(max(np.abs(fitted - steps[1:]).max(), np.abs(fitted - steps[:-1]).max()))
-    return ExtrapolatedExposure(-log_mass / math.log(2), distance)
+    exponent = _skew_normal_log_cdf((loss - start) / width, shape)
+    grid = np.linspace(-12, 12, 2001)  # the law is smooth on this scale, or steps at 0, which is on the grid
+    mass = np.exp([_skew_normal_log_cdf(float(z), shape) for z in grid])
+    fitted = np.interp((values - start) / width, grid, mass)
+    return ExtrapolatedExposure(-exponent / math.log(2), _distribution_distance(fitted))
+
+
+def _distribution_distance(expected: np.ndarray) -> float:
+    """Return the largest distance of a sorted sample's distribution from the one that gives it these values."""
+    steps = np.arange(len(expected) + 1) / len(expected)
+    return float(max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max()))
 
 
 def _skew_normal_log_cdf(z: float, shape: float) -> float:
     """Return log P[Z <= z] for the density 2 phi(u) Phi(shape u), by quadrature in logarithms: exact in the tail."""
-    # Gauss-Legendre on the twelve standard deviations below z, or below 12: beyond lies less than 1e-32 of it
-    top = min(z, 12.0)
-    nodes, weights = _legendre(200)
-    span = 12.0 + max(0.0, top)
-    u = torch.as_tensor(top - span * (1 - nodes) / 2)
+    u, log_weights = _tail_nodes(z)
     log_density = math.log(2) - u**2 / 2 - math.log(2 * math.pi) / 2 + torch.special.log_ndtr(shape * u)
-    return float(torch.logsumexp(log_density + torch.as_tensor(np.log(weights * span / 2)), 0).clamp(max=0))
+    return float(torch.logsumexp(log_density + log_weights, 0).clamp(max=0))
+
+
+def _tail_nodes(z: float) -> tuple[Tensor, Tensor]:
+    """Return nodes and log weights of a quadrature up to z: panels shrink towards z and 0, where a density may step."""
+    ladder = 12 * 2.0 ** -np.arange(18)
+    edges = np.unique(np.concatenate([[z], z - ladder, ladder, -ladder, [0.0]]))
+    edges = edges[edges <= z]
+    nodes, weights = _legendre(16)
+    half = np.diff(edges)[:, None] / 2
+    u = edges[:-1, None] + half * (1 + nodes)
+    return torch.as_tensor(u.ravel()), torch.as_tensor(np.log(half * weights).ravel())
 
 
 @lru_cache(maxsize=4)
@@ -686,47 +728,6 @@ def mu_from_errors(
     return max(0.0, high - low)
 
 
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """Return the smallest delta of a mechanism that is mu-Gaussian-DP, for this epsilon.
-
-    Corollary 2.13 of Dong, Roth and Su (2022); for one Gaussian mechanism of noise multiplier sigma, ``mu`` is
-    ``1 / sigma`` (Balle and Wang, 2018).
-
-    Parameters
-    ----------
-    mu : float, >= 0
-    epsilon : float, >= 0
-
-    Examples
-    --------
-    >>> round(gaussian_delta(1.0, 0.0), 4)  # the total variation of two normal laws, one apart
-    0.3829
-    """
-    if not 0 <= mu < math.inf or not 0 <= epsilon < math.inf:
-        raise ValueError(f"mu={mu}, epsilon={epsilon}: give finite numbers >= 0")
-    if mu == 0:
-        return 0.0
-    points = torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu], dtype=torch.float64)
-    first, second = torch.special.log_ndtr(points).tolist()
-    return max(0.0, math.exp(first) - math.exp(epsilon + second))
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the smallest epsilon of a mechanism that is mu-Gaussian-DP, for this delta.
-
-    The inverse of `gaussian_delta`. ``inf`` for ``mu = inf``, the mechanism without noise.
-
-    Examples
-    --------
-    >>> round(gaussian_epsilon(1.0, 1e-5), 2)
-    4.38
-    """
-    _check_rate("delta", delta)
-    if mu == math.inf:
-        return math.inf
-    return _largest(lambda epsilon: gaussian_delta(mu, epsilon) > delta, tolerance=1e-12)
-
-
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """Return the largest mu for which mu-Gaussian-DP implies (epsilon, delta)-DP.
 
@@ -735,11 +736,13 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
     Examples
     --------
-    >>> round(gaussian_mu(gaussian_epsilon(1.0, 1e-5), 1e-5), 6)
+    >>> round(gaussian_mu(gaussian_epsilon(1e-5, mu=1.0), 1e-5), 6)
     1.0
     """
     _check_rate("delta", delta)
-    return _largest(lambda mu: gaussian_delta(mu, epsilon) <= delta, tolerance=1e-12)
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon}: give a finite number >= 0")
+    return _largest(lambda mu: mu == 0 or gaussian_delta(epsilon, mu) <= delta, tolerance=1e-12)
 
 # %% ../../nbs/dp/06_audit.ipynb #6b82fd0b
 Released = Tensor | Mapping[str, Tensor]
@@ -747,8 +750,8 @@ Released = Tensor | Mapping[str, Tensor]
 
 def _named(released: Released) -> dict[str, Tensor]:
     """Return what a mechanism gave as flat float64 tensors by name."""
-    parts = {"released": released} if isinstance(released, Tensor) else dict(released)
-    if not parts or not all(isinstance(part, Tensor) for part in parts.values()):
+    parts = {"released": released} if isinstance(released, Tensor) else released
+    if not isinstance(parts, Mapping) or not parts or not all(isinstance(part, Tensor) for part in parts.values()):
         raise TypeError(f"the mechanism returned {type(released).__name__}; return a tensor, or tensors by name")
     return {name: part.detach().double().flatten() for name, part in parts.items()}
 
@@ -870,6 +873,86 @@ def sensitivity_audit(
     return SensitivityAudit(tuple(ratios), float(clip_norm), float(tolerance))
 
 # %% ../../nbs/dp/06_audit.ipynb #82b11fed
+def engine_sum(
+    engine: ClipEngine, losses: Callable[[list[Any]], Tensor]
+) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """Return the clipped sum of an engine as a function of the examples, for `sensitivity_audit`.
+
+    Parameters
+    ----------
+    engine : ClipEngine
+        Its ``.grad`` are left as they are.
+    losses : callable
+        ``losses(examples)`` runs the model and returns one loss for each example, (B,).
+
+    Returns
+    -------
+    callable
+        ``clipped_sum(examples)`` returns the sum by the name of the parameter; zeros for no example.
+    """
+
+    def clipped_sum(examples: list[Any]) -> dict[str, Tensor]:
+        trained = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
+        kept = {name: p.grad for name, p in trained.items()}
+        for p in trained.values():
+            p.grad = None
+        try:
+            if examples:
+                engine.backward(losses(examples))
+            return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
+        finally:
+            for name, p in trained.items():
+                p.grad = kept[name]
+
+    return clipped_sum
+
+
+def optimizer_step(
+    optimizer: DPOptimizer, losses: Callable[[list[Any]], Tensor]
+) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """Return one step of a private optimizer as a function of the examples, for `mechanism_audit`.
+
+    Parameters
+    ----------
+    optimizer : DPOptimizer
+        Without an accountant, which would be charged for every repetition, and without adaptive clipping, whose norm
+        moves from step to step. The weights are put back after each step; momentum is not.
+    losses : callable
+        As in `engine_sum`.
+
+    Returns
+    -------
+    callable
+        ``step(examples)`` returns what the optimizer inside was fed, by the name of the parameter.
+
+    Raises
+    ------
+    ValueError
+        If there is an accountant or clipping is adaptive.
+    """
+    engine = optimizer.engine
+    if optimizer.accountant is not None:
+        raise ValueError("the audit would be charged to the accountant; build a DPOptimizer without one")
+    if engine.clipping == "adaptive":
+        raise ValueError("adaptive clipping changes its norm with every step; audit flat clipping at a fixed norm")
+
+    def step(examples: list[Any]) -> dict[str, Tensor]:
+        trained = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        optimizer.zero_grad()
+        if examples:
+            optimizer.backward(losses(examples))
+        optimizer.step()
+        released = {name: torch.empty(0) if p.grad is None else p.grad.detach().clone() for name, p in trained.items()}
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(before[name])
+        optimizer.zero_grad()
+        return released
+
+    return step
+
+# %% ../../nbs/dp/06_audit.ipynb #87b076e7
 def _chi_square_quantile(probability: float, degrees: float) -> float:
     """Return the quantile of the chi-square distribution; Wilson and Hilferty's cube where it has many degrees."""
     if degrees > 20_000:
@@ -1099,7 +1182,7 @@ def _judge(
                     "the same numbers are used more than once"
                 )
         sample = np.sort(torch.cat(watch.sample).numpy()) / scale
-        distance = _normal_distance(sample)
+        distance = _distribution_distance(torch.special.ndtr(torch.as_tensor(sample)).numpy())
         if distance * math.sqrt(len(sample)) > math.sqrt(-math.log(share / 4) / 2):
             problems.append(f"noise is not normal: its distribution is {distance:.4f} away, from {len(sample)} values")
     shift, mu, counted = _shift_and_errors(seen, delta, share)
@@ -1113,20 +1196,13 @@ def _judge(
         noise=noise,
         shift=shift,
         mu=mu,
-        epsilon=gaussian_epsilon(mu, delta),
+        epsilon=gaussian_epsilon(delta, mu) if mu > 0 else 0.0,
         epsilon_counted=counted,
-        promised_epsilon=gaussian_epsilon(1 / noise_multiplier, delta),
+        promised_epsilon=gaussian_epsilon(delta, 1 / noise_multiplier),
         delta=float(delta),
         beta=float(beta),
         problems=tuple(problems),
     )
-
-
-def _normal_distance(ordered: np.ndarray) -> float:
-    """Return the largest distance of a sorted sample's distribution from the standard normal one."""
-    expected = torch.special.ndtr(torch.as_tensor(ordered)).numpy()
-    steps = np.arange(len(ordered) + 1) / len(ordered)
-    return float(max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max()))
 
 
 def _shift_and_errors(seen: dict[bool, np.ndarray], delta: float, share: float) -> tuple[Measured, float, float]:

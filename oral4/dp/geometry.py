@@ -602,7 +602,8 @@ def random_directions(
     """Return orthonormal rows, (rank, size), drawn uniformly: the control of every subspace experiment."""
     _check_rank(rank, size)
     drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64).to(device or "cpu")
-    return torch.linalg.qr(drawn).Q.T.contiguous()
+    basis, triangle = torch.linalg.qr(drawn)
+    return (basis * triangle.diagonal().sign()).T.contiguous()  # QR has a preferred sign, a uniform direction has none
 
 # %% ../../nbs/dp/06_geometry.ipynb #ddc7205a
 def median_weights(dimension: int, decay: float) -> Tensor:
