@@ -265,7 +265,7 @@ def rdp_sampled_gaussian_reference(q: float, sigma: float, order: float) -> floa
     Examples
     --------
     >>> round(rdp_sampled_gaussian_reference(0.5, 2.0, 2.0), 6)
-    0.068604
+    0.068599
     """
     z, width = np.linspace(-15 * sigma, order + 15 * sigma, 400_001, retstep=True)
     log_without = -(z**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
@@ -688,7 +688,7 @@ class Spent:
     Examples
     --------
     >>> print(Spent(2.4015, 7.42e-6, "pld", "Poisson", "add or remove one record", (Segment(0.0148, 0.8227, 203),)))
-    epsilon = 2.402 at delta = 7.42e-06 (by privacy loss distributions; neighbours: add or remove one record; sampling: \
+    epsilon = 2.402 at delta = 7.42e-06 (by privacy loss distributions; neighbours: add or remove one record; sampling:
     Poisson; 203 steps in 1 segment)
     """
 
