@@ -678,9 +678,10 @@ def micro_reviews(
 ) -> list[Labelled]:
     """Return generated reviews with their polarity: three opinions, and the majority is the label.
 
-    Opinions contradict each other and may be negated ("not bad"), so that no single word gives the label away. With
-    ``verdict`` the review ends with the sentence "it was great ." or "it was terrible ." A masked language model that
-    has read such public reviews of one domain can be asked "it was <mask> ." about private ones of another.
+    Most opinions of a review agree, and some are negated ("not bad"): in most reviews single words give the label away,
+    in others they mislead. With ``verdict`` the review ends with the sentence "it was great ." or "it was terrible ." A
+    masked language model that has read such public reviews of one domain can be asked "it was <mask> ." about private
+    ones of another.
 
     Parameters
     ----------
@@ -706,18 +707,17 @@ def micro_reviews(
     draw = random.Random(f"reviews/{domain}/{seed}")
     reviews = []
     for _ in range(num):
-        parts, votes = [], 0
+        mood, parts = draw.random() < 0.5, []
         for aspect in draw.sample(aspects, 3):
-            is_good, is_negated = draw.random() < 0.5, draw.random() < 0.25
-            word = draw.choice(_GOOD if is_good else _BAD)
+            is_kind, is_negated = (draw.random() < 0.8) == mood, draw.random() < 0.15
+            word = draw.choice(_GOOD if is_kind != is_negated else _BAD)
             verb = draw.choice(("was", "seemed")) + (
                 " not" if is_negated else draw.choice(("", "", " really", " rather"))
             )
-            parts.append((is_good != is_negated, f"{aspect} {verb} {word}"))
-            votes += 1 if is_good != is_negated else -1
+            parts.append((is_kind, f"{aspect} {verb} {word}"))
         text = parts[0][1]
         for (before, _), (after, clause) in pairwise(parts):
             text += f" {'and' if before == after else 'but'} {clause}"
-        label = int(votes > 0)
+        label = int(sum(is_kind for is_kind, _ in parts) >= 2)
         reviews.append(Labelled(f"{text} ." + (f" it was {verdict[label]} ." if verdict is not None else ""), label))
     return reviews

@@ -87,7 +87,7 @@ def beam_search_reference(
     ended += [(total / max_new_tokens**length_penalty, tokens) for total, tokens in beams]
     return max(ended, key=lambda pair: pair[0])[1]
 
-# %% ../../nbs/dp/05_generate.ipynb #a1a13bd1
+# %% ../../nbs/dp/05_generate.ipynb #fc3bd3f8
 def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
     """Return the scores of the next token as they are, unless some are NaN: no text could be told from noise."""
     if torch.isnan(scores).any():
@@ -97,7 +97,7 @@ def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
         )
     return scores
 
-
+# %% ../../nbs/dp/05_generate.ipynb #307c9015
 def generate_ids(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -215,7 +215,7 @@ def generate_ids(
                 texts[index] = tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
     return texts
 
-
+# %% ../../nbs/dp/05_generate.ipynb #db5090c4
 def line_breaks(tokenizer: Any) -> list[list[int]]:
     """Return the ``bad_words`` of the official code for this tokenizer: tokens that break a line, and the padding.
 

@@ -20,10 +20,10 @@ from ..train.averaging import evaluating
 # %% auto #0
 __all__ = ['PROMPTS', 'train_tokenizer', 'Prompt', 'label_token_ids', 'PromptExample', 'encode_template', 'PromptCollator',
            'logits_at', 'InfillingClassifier', 'HeadClassifier', 'classification_losses', 'source_line', 'Example',
-           'encode_prompt', 'encode_pair', 'encode_dialog', 'LengthReport', 'keep_short', 'pack_targets',
+           'encode_prompt', 'encode_pair', 'LengthReport', 'keep_short', 'encode_dialog', 'pack_targets',
            'TableToTextCollator', 'target_losses', 'MaskingCollator', 'accuracy', 'mean_nll']
 
-# %% ../../nbs/dp/05_tasks.ipynb #b1d71669
+# %% ../../nbs/dp/05_tasks.ipynb #35a0a625
 def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 2000, lowercase: bool = False) -> Any:
     """Return a small tokenizer that was trained on these texts, with all the special tokens that the tasks need.
 
@@ -85,7 +85,7 @@ def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int 
         tokenizer_object=core, **{f"{role}_token": token for role, token in roles.items()}
     )
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #d6d11903
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text in which ``<mask>`` or ``</s>`` are letters like any others."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -99,7 +99,7 @@ def _special_id(tokenizer: Any, *roles: str) -> int:
     wanted = " or ".join(f"{role}_token" for role in roles)
     raise ValueError(f"{type(tokenizer).__name__} has no {wanted}; set it, or take a tokenizer that has one")
 
-# %% ../../nbs/dp/05_tasks.ipynb #babc7dde
+# %% ../../nbs/dp/05_tasks.ipynb #32ae96d2
 @dataclass(frozen=True)
 class Prompt:
     """A template with a hole, and the word that stands for each class."""
@@ -118,7 +118,7 @@ PROMPTS = {
 }
 """Templates and label words of the paper's appendix, which are those of Gao et al. (2021) without demonstrations."""
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #f5e9cf3a
 def label_token_ids(tokenizer: Any, words: Iterable[str]) -> list[int]:
     """Return the token of each label word, as it stands after a space.
 
@@ -149,7 +149,7 @@ def label_token_ids(tokenizer: Any, words: Iterable[str]) -> list[int]:
         found.append(ids[0])
     return found
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #a3f93ea3
 @dataclass(frozen=True)
 class PromptExample:
     """A prompt in tokens, ready for `PromptCollator`."""
@@ -362,7 +362,7 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
 def _keeps_cache(model: nn.Module) -> bool:
     return hasattr(model, "prepare_inputs_for_generation") and hasattr(getattr(model, "config", None), "use_cache")
 
-# %% ../../nbs/dp/05_tasks.ipynb #4805f5b6
+# %% ../../nbs/dp/05_tasks.ipynb #9ecbeb96
 class InfillingClassifier(nn.Module):
     """A masked language model that classifies by filling a hole: the logits of the label words at the mask.
 
@@ -394,7 +394,7 @@ class InfillingClassifier(nn.Module):
         logits = logits_at(self.mlm, mask_positions[:, None], input_ids=input_ids, **inputs)  # (B, 1, V)
         return logits[:, 0].index_select(-1, self.label_ids)  # (B, K)
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #dac3defb
 class HeadClassifier(nn.Module):
     """An encoder with a fresh head on its first position: what infilling is compared with.
 
@@ -419,7 +419,8 @@ class HeadClassifier(nn.Module):
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"{num_labels=}: two or more classes are needed")
-        width = body.config.hidden_size  # type: ignore[union-attr]
+        config: Any = body.config
+        width = int(config.hidden_size)
         self.body, self.dropout_p = body, dropout
         self.dense, self.out = nn.Linear(width, width), nn.Linear(width, num_labels)
         for layer in (self.dense, self.out):
@@ -445,7 +446,7 @@ def classification_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tens
     logits = model(**inputs)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"], reduction="none")
 
-# %% ../../nbs/dp/05_tasks.ipynb #35a0a625
+# %% ../../nbs/dp/05_tasks.ipynb #10ebf92f
 def source_line(slots: Iterable[Sequence[str]], names: Mapping[str, str] | None = None) -> str:
     """Return a meaning as one line, in the form of the official code: ``name : X | area : Y``.
 
@@ -477,7 +478,7 @@ class Example:
         """Return the source, which is only read, followed by the target, which is learnt."""
         return cls((*source, *target), (*[-100] * len(source), *target))
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #92b43c81
 def encode_prompt(tokenizer: Any, source: str) -> list[int]:
     """Return what the model is given when it shall write: ``' {source} '`` and the beginning-of-text token."""
     return [*_ids(tokenizer, f" {source} "), _special_id(tokenizer, "bos", "cls")]
@@ -514,42 +515,7 @@ def encode_pair(tokenizer: Any, source: str, target: str) -> Example:
         encode_prompt(tokenizer, source), [*_ids(tokenizer, f" {target} "), _special_id(tokenizer, "eos", "sep")]
     )
 
-
-def encode_dialog(
-    tokenizer: Any, turns: Sequence[str], reply: str, *, persona: Sequence[str] = (), max_len: int | None = None
-) -> Example:
-    """Return a dialogue in the form of DialoGPT: persona, turns and reply, each ended by the end-of-text token.
-
-    Only the reply is learnt. The official repository has no code for dialogue; this is the form of the model that
-    the paper fine-tunes.
-
-    Parameters
-    ----------
-    tokenizer : transformers tokenizer
-    turns : sequence of str
-        What was said, the oldest first.
-    reply : str
-    persona : sequence of str
-        Sentences about the speaker of the reply; joined by spaces.
-    max_len : int, optional
-        Most tokens. Whole turns are dropped, the oldest first; persona and reply stay.
-
-    Raises
-    ------
-    ValueError
-        If persona and reply alone are longer, or the tokenizer has no end-of-text token.
-    """
-    end = _special_id(tokenizer, "eos", "sep")
-    about = [*_ids(tokenizer, " ".join(persona)), end] if persona else []
-    said = [[*_ids(tokenizer, turn), end] for turn in turns]
-    target = [*_ids(tokenizer, reply), end]
-    while max_len is not None and len(about) + sum(map(len, said)) + len(target) > max_len:
-        if not said:
-            raise ValueError(f"persona and reply have {len(about) + len(target)} tokens, {max_len=}; raise it or shorten the reply")
-        said.pop(0)
-    return Example.of([*about, *(token for turn in said for token in turn)], target)
-
-
+# %% ../../nbs/dp/05_tasks.ipynb #39e80f9e
 @dataclass(frozen=True)
 class LengthReport:
     """What `keep_short` did. ``kept`` is the number of records that the accountant has to be told."""
@@ -584,7 +550,42 @@ def keep_short(examples: Sequence[Example], max_len: int) -> tuple[list[Example]
         raise ValueError(f"{max_len=}: the shortest of {len(examples)} examples is longer; raise it")
     return kept, LengthReport(len(kept), len(examples) - len(kept), max_len, longest)
 
-# %% ../../nbs/dp/05_tasks.ipynb #c45f7a8b
+# %% ../../nbs/dp/05_tasks.ipynb #5d08bb8c
+def encode_dialog(
+    tokenizer: Any, turns: Sequence[str], reply: str, *, persona: Sequence[str] = (), max_len: int | None = None
+) -> Example:
+    """Return a dialogue in the form of DialoGPT: persona, turns and reply, each ended by the end-of-text token.
+
+    Only the reply is learnt. The official repository has no code for dialogue; this is the form of the model that
+    the paper fine-tunes.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    turns : sequence of str
+        What was said, the oldest first.
+    reply : str
+    persona : sequence of str
+        Sentences about the speaker of the reply; joined by spaces.
+    max_len : int, optional
+        Most tokens. Whole turns are dropped, the oldest first; persona and reply stay.
+
+    Raises
+    ------
+    ValueError
+        If persona and reply alone are longer, or the tokenizer has no end-of-text token.
+    """
+    end = _special_id(tokenizer, "eos", "sep")
+    about = [*_ids(tokenizer, " ".join(persona)), end] if persona else []
+    said = [[*_ids(tokenizer, turn), end] for turn in turns]
+    target = [*_ids(tokenizer, reply), end]
+    while max_len is not None and len(about) + sum(map(len, said)) + len(target) > max_len:
+        if not said:
+            raise ValueError(f"persona and reply have {len(about) + len(target)} tokens, {max_len=}; raise it or shorten the reply")
+        said.pop(0)
+    return Example.of([*about, *(token for turn in said for token in turn)], target)
+
+# %% ../../nbs/dp/05_tasks.ipynb #8f588f9f
 def pack_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each example the positions that predict a target, and these targets, packed to the left.
 
@@ -616,7 +617,7 @@ def pack_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = ahead.gather(1, order)
     return order.masked_fill(targets == -100, 0), targets
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #f4f9f8bd
 @dataclass(frozen=True)
 class TableToTextCollator:
     """Makes a batch of `Example`: pads on the right, in any order and of any number, none included.
@@ -637,7 +638,7 @@ class TableToTextCollator:
         ids = _padded([example.input_ids for example in examples], self.pad_id, self.multiple_of)
         return {"input_ids": ids, "labels": labels, "target_positions": positions, "target_ids": targets}
 
-
+# %% ../../nbs/dp/05_tasks.ipynb #5eec31ab
 def target_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return for every example the mean negative log-likelihood of its targets, (B,): what is clipped.
 
@@ -678,7 +679,7 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     num_targets = (targets != -100).sum(dim=1)
     return each.view_as(targets).sum(dim=1) / num_targets.clamp(min=1)  # 0 / 1 without targets
 
-# %% ../../nbs/dp/05_tasks.ipynb #da680182
+# %% ../../nbs/dp/05_tasks.ipynb #b1039b12
 @dataclass(frozen=True)
 class MaskingCollator:
     """Makes a batch for masked pre-training on PUBLIC text: hides some tokens, which the model shall guess.
@@ -712,7 +713,7 @@ class MaskingCollator:
         positions, targets = pack_targets(labels)
         return {"input_ids": shown, "attention_mask": is_text.long(), "target_positions": positions, "target_ids": targets}
 
-# %% ../../nbs/dp/05_tasks.ipynb #f87349c7
+
 def _batches(examples: Sequence[Any], collate: Any, batch_size: int, device: torch.device) -> Iterable[dict[str, Tensor]]:
     if not len(examples) or batch_size < 1:
         raise ValueError(f"{len(examples)} examples, {batch_size=}: at least one of each is needed")

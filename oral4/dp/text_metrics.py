@@ -150,7 +150,7 @@ def nist(
     ratio = min(1.0, length / expected) if expected else 1.0
     return score * math.exp(_NIST_BETA * math.log(ratio) ** 2) if ratio > 0 else 0.0
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #9a923fcc
+# %% ../../nbs/dp/05_text_metrics.ipynb #4c0a3aea
 def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return ROUGE-L in percent, by rouge-score: the F-measure of the longest common subsequence, best reference.
 
@@ -179,7 +179,7 @@ def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> f
     ]
     return 100 * sum(scores) / len(scores)
 
-
+# %% ../../nbs/dp/05_text_metrics.ipynb #f4ce909a
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Return the length of the longest common subsequence, in O(len(first) len(second))."""
     row = [0] * (len(second) + 1)
@@ -232,7 +232,7 @@ def rouge_l_coco(
             total += (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
     return 100 * total / len(hypotheses)
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #b2ae905a
+# %% ../../nbs/dp/05_text_metrics.ipynb #19e1931f
 def cider(
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -263,7 +263,7 @@ def cider(
     Returns
     -------
     float
-        0 to 10. In the paper's tables for E2E.
+        0 to 10. The paper's tables for E2E hold CIDEr-D.
 
     Raises
     ------
@@ -308,7 +308,7 @@ def cider(
                 total += product / norm / len(one) if norm else 0.0
     return 10 * total / max_order / len(texts)
 
-
+# %% ../../nbs/dp/05_text_metrics.ipynb #967696f3
 def score_all(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return all scores of this module by name: ``bleu``, ``nist``, ``rouge_l``, ``rouge_l_coco``, ``cider`` (CIDEr-D).
 
@@ -317,13 +317,25 @@ def score_all(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) ->
     scores = {"bleu": bleu, "nist": nist, "rouge_l": rouge_l, "rouge_l_coco": rouge_l_coco, "cider": cider}
     return {name: score(hypotheses, references) for name, score in scores.items()}
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #b3af33e1
+# %% ../../nbs/dp/05_text_metrics.ipynb #48839b6f
 Lexicon = Mapping[str, Mapping[str, str]]
+"""Slot, value, regular expression for text in lower case."""
 
-_STARS = {"1": "one", "3": "three", "5": "five"}
-_NUMBERS = {v: rf"\b(?:{n}|{w})[- ]?(?:out of|/|of)[- ]?(?:5|five)|\b(?:{n}|{w})[- ]stars?" for v, n, w in ((f"{n} out of 5", n, w) for n, w in _STARS.items())}
+_RATED = r"\brat(?:e|ed|ing|ings)\b[^.]{0,20}"
+_RATINGS = {  # the level of a rating: people write "one star" for low, and "low" for 1 out of 5
+    "low": rf"\b(?:low|poor|bad)(?:ly)?[- ](?:\w+ )?(?:rat|review)|{_RATED}\b(?:low|poor)|\b(?:1|one)[- ](?:star|out of|of)|\b1/5",
+    "average": rf"\baverage[- ](?:\w+ )?(?:rat|review)|{_RATED}\baverage|\b(?:3|three)[- ](?:star|out of|of)|\b3/5",
+    "high": rf"\b(?:high|well|great|excellent|perfect)(?:ly)?[- ](?:\w+ )?(?:rat|review)|{_RATED}\bhigh|\b(?:5|five)[- ](?:star|out of|of)|\b5/5",
+}
+_PRICES = {
+    "low": r"\bcheap|\binexpensive|\blow(?:er|est)?[- ]?(?:cost|pric)|\bprices? (?:range )?(?:is |are )?low|\baffordabl"
+    r"|\b(?:less|lower) than (?:£ ?)?20|\b(?:under|below) (?:£ ?)?20",
+    "middle": r"\bmoderate|\bmid[- ]|\baverage[- ](?:cost|pric)|\breasonabl|\bfair(?:ly)?[- ]pric|£? ?20 ?(?:-|–|to|and) ?£? ?25",
+    "high": r"(?<!in)expensive|\bhigh(?:er|ly)?[- ]?(?:pric|cost|end)|\bprices? (?:range )?(?:is |are )?(?:quite )?high"
+    r"|\bprice?y\b|\b(?:more|higher) than (?:£ ?)?30|\b(?:over|above|from) (?:£ ?)?30",
+}
 _FRIENDLY = r"(?:famil(?:y|ies)|kids?|child(?:ren)?)"
-_NOT = r"(?:not?|non|n't|isn't|aren't|doesn't|don't|never|without|adults?|un|neither|nor)"
+_NOT = r"(?:\b(?:not?|non|never|without|neither|nor|isn't|aren't|doesn't|don't)\b|n't\b)"
 
 E2E_LEXICON: Lexicon = {
     "eatType": {"pub": r"\bpubs?\b|\bbar\b", "restaurant": r"\brestaurants?\b", "coffee shop": r"\bcoffee|\bcaf[eé]"},
@@ -337,28 +349,37 @@ E2E_LEXICON: Lexicon = {
         "Japanese": r"\bjapanese\b|\bsushi\b",
     },
     "priceRange": {
-        "cheap": r"\bcheap|\binexpensive|\blow[- ]?(?:er )?(?:cost|pric)|\bprices? (?:range )?(?:is |are )?low|\bbudget|\baffordabl",
-        "less than £20": r"\b(?:less than|under|below|lower than) (?:£ ?)?20",
-        "£20-25": r"£? ?20 ?(?:-|–|to|and) ?£? ?25",
-        "moderate": r"\bmoderate|\bmid[- ]|\baverage[- ]pric|\breasonabl|\bmedium",
-        "high": r"(?<!in)expensive|\bhigh(?:er|ly)?[- ]?(?:pric|cost|end)|\bprices? (?:range )?(?:is |are )?(?:quite )?high|\bpric(?:e)?y",
-        "more than £30": r"\b(?:more than|over|above|higher than|from) (?:£ ?)?30",
+        "cheap": _PRICES["low"],
+        "less than £20": _PRICES["low"],
+        "moderate": _PRICES["middle"],
+        "£20-25": _PRICES["middle"],
+        "high": _PRICES["high"],
+        "more than £30": _PRICES["high"],
     },
     "customer rating": {
-        **_NUMBERS,
-        "low": r"\b(?:low|poor|bad)(?:ly)?[- ](?:\w+ )?rat|\brat(?:ing|ings|ed)\b[^.]{0,20}\b(?:low|poor)",
-        "average": r"\baverage[- ](?:\w+ )?(?:rat|review)|\brat(?:ing|ings|ed)\b[^.]{0,20}\baverage",
-        "high": r"\bhigh(?:ly)?[- ](?:\w+ )?rat|\brat(?:ing|ings|ed)\b[^.]{0,20}\bhigh",
+        "low": _RATINGS["low"],
+        "1 out of 5": _RATINGS["low"],
+        "average": _RATINGS["average"],
+        "3 out of 5": _RATINGS["average"],
+        "high": _RATINGS["high"],
+        "5 out of 5": _RATINGS["high"],
     },
-    "area": {"city centre": r"\b(?:city|town) cent(?:re|er)|\bcentre of (?:the )?city", "riverside": r"\briver"},
+    "area": {
+        "city centre": r"\b(?:city|town) cent(?:re|er)|\bcent(?:re|er) of (?:the )?(?:city|town)",
+        "riverside": r"\briver",
+    },
     "familyFriendly": {
-        "no": rf"\b{_NOT}\b[^.,;]{{0,40}}{_FRIENDLY}|n't\b[^.,;]{{0,40}}{_FRIENDLY}|{_FRIENDLY}[- ]unfriendly|\badults?[- ]only|{_FRIENDLY}[^.,;]{{0,25}}\b(?:not|un)",
+        "no": rf"{_NOT}[^.,;]{{0,40}}{_FRIENDLY}|{_FRIENDLY}[^.,;]{{0,25}}(?:{_NOT}|\bun)|\badults?\b",
         "yes": _FRIENDLY,
     },
 }
-"""Regular expressions, in lower case, by which the values of E2E's closed slots are found in a sentence."""
+"""Regular expressions, for text in lower case, by which the values of E2E's closed slots are found in a sentence.
 
+Values of one level share an expression: people say "cheap" where "less than £20" was meant, and "one star" for a low
+rating. Written for the sentences of E2E; other texts need a list of their own, see `phrase_lexicon`.
+"""
 
+# %% ../../nbs/dp/05_text_metrics.ipynb #30ab4ac2
 @dataclass(frozen=True)
 class SlotReport:
     """What a sentence does with its meaning."""
@@ -373,6 +394,11 @@ class SlotReport:
     """Slots of the lexicon that are said and not meant."""
 
 
+def _pattern(phrase: str) -> str:
+    """Return a regular expression for a phrase; a tokenizer of words may have put spaces around a hyphen."""
+    return re.escape(phrase.lower().rstrip(".")).replace(r"\-", " ?- ?")
+
+
 def phrase_lexicon(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, dict[str, str]]:
     """Return a lexicon from lists of phrases, for example those of `oral4.dp.corpus.micro_phrases`.
 
@@ -384,7 +410,7 @@ def phrase_lexicon(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[s
     """
     return {
         slot: {
-            value: rf"(?<!\w)(?:{'|'.join(re.escape(phrase.lower().rstrip('.')) for phrase in said)})(?!\w)"
+            value: rf"(?<!\w)(?:{'|'.join(_pattern(phrase) for phrase in said)})(?!\w)"
             for value, said in ways.items()
         }
         for slot, ways in phrases.items()
@@ -440,7 +466,7 @@ def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon = E2
     order = [*meant, *lexicon]
     return SlotReport(**{name: tuple(sorted(of, key=order.index)) for name, of in outcome.items()})
 
-
+# %% ../../nbs/dp/05_text_metrics.ipynb #b2ae905a
 def slot_scores(
     meanings: Sequence[Iterable[Sequence[str]]], texts: Sequence[str], lexicon: Lexicon = E2E_LEXICON
 ) -> dict[str, float]:

@@ -397,10 +397,10 @@ def test_generated_reviews():
             if word in good | bad
         ]
         assert len(votes) == 3 and (sum(votes) >= 2) == bool(review.label)
-    # no single word gives the label away
+    # words are a good hint, and none is proof
     for word in good | bad:
         labels = [review.label for review in reviews if f" {word} " in review.text]
-        assert 0.2 < sum(labels) / len(labels) < 0.8
+        assert 0.02 < (share := sum(labels) / len(labels)) < 0.98 and (share > 0.6) == (word in good)
     plain = micro_reviews(3000)
     assert [f"{review.text} it was {POLARITY_LABELS[review.label]} ." for review in plain] == [r.text for r in reviews]
 
