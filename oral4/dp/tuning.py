@@ -5,6 +5,7 @@
 # %% ../../nbs/dp/04_tuning.ipynb #94a043af
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -369,7 +370,8 @@ def _fresh_head(model: nn.Module, head: Sequence[str] | None) -> list[str]:
     """Return the modules of a new head; a head that predicts words is pretrained and not among them."""
     if head is not None:
         return list(head)
-    predicts_words = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    predicts_words = output_embeddings is not None and output_embeddings() is not None
     known = hasattr(model, getattr(model, "base_model_prefix", "") or "-")
     return _head_modules(model) if known and not predicts_words else []
 
@@ -479,9 +481,11 @@ class PrefixModel(nn.Module):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         model.requires_grad_(False)
         self.model: Any = model
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        like = next(model.parameters())
         self.prefix = PrefixEncoder(
             prefix_len, config.hidden_size, hidden, config.num_hidden_layers, heads, head_dim, dropout
-        )
+        ).to(like.device, like.dtype)
 
     @property
     def config(self) -> Any:
@@ -495,7 +499,7 @@ class PrefixModel(nn.Module):
             cache.update(keys, values, layer)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = torch.cat([mask.new_ones(len(mask), self.prefix.prefix_len), mask], dim=1)
-        return self.model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
+        return self.model(input_ids=input_ids, attention_mask=mask, **{self.cache_name: cache}, **kwargs)
 
 # %% ../../nbs/dp/04_tuning.ipynb #e0baba4d
 def _choose_full(model: nn.Module, **options: Any) -> tuple[nn.Module, set[str]]:

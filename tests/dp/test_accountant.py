@@ -356,6 +356,29 @@ def test_segments_compose_in_any_order(method):
     assert expected < worst.epsilon(1e-5, method)
 
 
+@pytest.mark.parametrize("method", ["pld", "rdp", "gdp"])
+def test_profile_and_epsilon_are_the_same_curve(method):
+    account = Accountant()
+    assert account.delta(1.0, method) == 0
+    account.step(0.02, 1.0, 200)
+    account.charge(30.0, 5)
+    for delta in (1e-2, 1e-5):
+        eps = account.epsilon(delta, method)
+        assert account.delta(eps, method) == pytest.approx(delta, rel=1e-6)  # a bisection, or what rounding reserves
+    assert account.delta(0.0, method) <= 1
+    account.step(0.02, 0.0)
+    assert account.delta(1.0, method) == 1 and account.epsilon(1e-5, method) == math.inf
+
+
+def test_profile_of_one_step_is_exact():
+    account = Accountant()
+    account.step(0.1, 0.9)
+    for eps in (0.1, 1.0):  # 1e-3 is the grid, so both are points of it
+        exact = sampled_gaussian_delta(eps, 0.1, 0.9)
+        assert account.delta(eps) == pytest.approx(exact, rel=1e-6)
+        assert account.delta(eps, "rdp") > exact
+
+
 def test_a_long_run_stays_small():
     account = Accountant()
     for _ in range(20_000):
@@ -409,7 +432,7 @@ def test_calibration_at_its_limits():
 
 
 def test_calibration_refuses_what_is_no_guarantee():
-    with pytest.raises(ValueError, match="method='gdp' under-estimates"):
+    with pytest.raises(ValueError, match="method='gdp' is no bound"):
         calibrate_sigma(3.0, 1e-5, 0.01, 100, method="gdp")
 
 
@@ -458,6 +481,8 @@ def test_calibration_refuses_what_is_no_guarantee():
         (lambda: Accountant().step(0.1, -1.0), "sigma=-1.0"),
         (lambda: Accountant().charge(1.0, -1), "steps=-1"),
         (lambda: Accountant().epsilon(), "delta is missing"),
+        (lambda: Accountant().delta(-1.0), "epsilon=-1.0"),
+        (lambda: Accountant().delta(1.0, "prv"), "method='prv'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, message):
