@@ -335,7 +335,7 @@ def rt_polarity() -> list[Labelled]:
 
 
 def read_pairs(path: str | PathLike[str], *, limits: Limits = DEFAULT) -> list[Pair]:
-    """Return the pairs of your own CSV file with the columns ``source`` and ``target`` (E2E's ``mr`` and ``ref`` do too).
+    """Return the pairs of your own CSV file with the columns ``source`` and ``target``, or E2E's ``mr`` and ``ref``.
 
     Parameters
     ----------
@@ -404,7 +404,7 @@ def _filled(row: dict[str, str], column: str, path: Any, number: int) -> str:
 
 
 def _rows(file: Any, *choices: Sequence[str]) -> list[dict[str, str]]:
-    """Return these columns of a CSV file, all of them filled with a string; of several choices the first that it has."""
+    """Return these columns of a CSV file, each filled with a string; of several choices the first that it has."""
     try:
         reader = csv.DictReader(file)
         header = list(reader.fieldnames or ())

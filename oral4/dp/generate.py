@@ -18,10 +18,10 @@ from .tasks import encode_prompt
 # %% auto #0
 __all__ = ['beam_search_reference', 'generate_ids', 'line_breaks', 'generate_texts']
 
-# %% ../../nbs/dp/05_generate.ipynb #bb619bcc
+# %% ../../nbs/dp/05_generate.ipynb #4ac933fd
 @torch.no_grad()
 def _next_log_probs(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return log-probabilities of the next token after each of these rows of one length, (rows, V), in float32 or better."""
+    """Return log-probabilities of the next token after each of these rows of one length, (rows, V)."""
     device = next(model.parameters()).device
     logits = model(input_ids=torch.tensor(rows, device=device)).logits[:, -1]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
@@ -92,8 +92,8 @@ def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
     """Return the scores of the next token as they are, unless some are NaN: no text could be told from noise."""
     if torch.isnan(scores).any():
         raise ValueError(
-            f"logits after {ids.shape[1]} tokens, padding included, are NaN; did training diverge? A float64 model needs "
-            'attn_implementation="sdpa": "eager" makes NaN of padding for some of them'
+            f"logits after {ids.shape[1]} tokens, padding included, are NaN; did training diverge? A float64 model "
+            'needs attn_implementation="sdpa": "eager" makes NaN of padding for some of them'
         )
     return scores
 
@@ -171,8 +171,8 @@ def generate_ids(
         raise ValueError(f"prompt {empty[0]} has no token; give at least one, for example the beginning-of-text token")
     if min(num_beams, max_new_tokens, batch_size) < 1 or not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(
-            f"{num_beams=}, {max_new_tokens=}, {min_new_tokens=}, {batch_size=}; all at least 1, and min_new_tokens from 0 "
-            "to max_new_tokens"
+            f"{num_beams=}, {max_new_tokens=}, {min_new_tokens=}, {batch_size=}; all at least 1, and "
+            "min_new_tokens from 0 to max_new_tokens"
         )
     if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError(f"{temperature=}, {top_k=}, {top_p=} have an effect with do_sample=True only")

