@@ -15,8 +15,9 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['Form', 'CHUNK', 'GRAM_BYTES', 'SYMMETRIC', 'MACHINES', 'Outer', 'Rows', 'Dense', 'per_example', 'square_sum',
-           'outer_norm2', 'inner', 'norm2', 'weighted', 'without', 'slack', 'embedding_rows', 'layer_norm_grads',
-           'rms_norm_grads', 'group_norm_grads', 'conv_outer', 'Machine', 'machine_for', 'Cost', 'cost', 'choose_rule']
+           'outer_norm2', 'write_out', 'inner', 'norm2', 'weighted', 'without', 'slack', 'embedding_rows',
+           'layer_norm_grads', 'rms_norm_grads', 'group_norm_grads', 'conv_outer', 'Machine', 'machine_for', 'Cost',
+           'cost', 'choose_rule']
 
 # %% ../../nbs/dp/02_norms.ipynb #b50473d8
 def _flat(x: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ def square_sum(x: Tensor) -> Tensor:
     >>> square_sum(torch.full((2, 3, 4), 0.5)).round(decimals=6).tolist()
     [3.0, 3.0]
     """
-    flat = _wide(x).reshape(x.shape[0], -1)
+    flat = _in_memory_order(_wide(x)).reshape(x.shape[0], -1)
     whole = flat.shape[1] // CHUNK * CHUNK
     total = torch.zeros((), dtype=torch.float64 if x.device.type != "mps" else torch.float32, device=x.device)
     if whole:
@@ -198,6 +199,11 @@ def square_sum(x: Tensor) -> Tensor:
     if whole < flat.shape[1]:
         total = total + _double(torch.linalg.vector_norm(flat[:, whole:], dim=1)).square()
     return total.expand(x.shape[0])
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """Return x, its last two axes swapped if that is how it lies in memory."""
+    return x.mT if x.dim() > 2 and not x.is_contiguous() and x.mT.is_contiguous() else x
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -290,14 +296,31 @@ def outer_norm2(use: Outer, *, bias: bool = False, rule: str = "auto") -> Tensor
         rule = "gram" if length * (a.shape[2] + g.shape[2]) <= 2 * width else "instantiate"
     if rule == "gram":
         return _per_example_sum(_gram(g, a, bias), len(use.a))
-    total = square_sum(_outer_dense(use))
+    total = square_sum(write_out(use))
     return total + square_sum(_wide(g).sum(1).view(len(use.a), -1)) if bias else total
 
 
-def _outer_dense(use: Outer) -> Tensor:
-    """Return the gradients written out, in float32 or float64, (B, *shape)."""
+def write_out(use: Outer, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+    """Return the gradients of an outer use written out, in float32 or float64, (B, *shape).
+
+    Parameters
+    ----------
+    use : Outer
+    out : Tensor, contiguous, of as many entries, optional
+        Where to write, in float32 or float64.
+    add : bool
+        Add to what is in ``out``.
+    """
     rows, columns = _grouped(use.rows), _grouped(use.columns)
-    return _products(rows.mT, columns.mT).view(len(use.a), *use.shape)
+    if out is None:
+        return _products(rows.mT, columns.mT).view(len(use.a), *use.shape)
+    target = out.view(len(rows), rows.shape[-1], columns.shape[-1])
+    rows, columns = rows.to(out.dtype), columns.to(out.dtype)
+    if add:
+        target.baddbmm_(rows.mT, columns)
+    else:
+        torch.bmm(rows.mT, columns, out=target)
+    return out
 
 # %% ../../nbs/dp/02_norms.ipynb #c12b12d2
 def _segments(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -399,7 +422,7 @@ def inner(u: Form, v: Form) -> Tensor:
             u.a.shape[-2] + v.a.shape[-2]
         ):
             return _per_example_sum(_cross_gram(u, v), len(u.g))
-        return _dense_outer(Dense(_outer_dense(u)), v)
+        return _dense_outer(Dense(write_out(u)), v)
     return inner(v, u) if isinstance(v, Outer) else _rows_rows(u, v)
 
 # %% ../../nbs/dp/02_norms.ipynb #6259a74b
@@ -448,7 +471,7 @@ def _written_out_if_cheaper(uses: list[Form]) -> list[Form]:
     gram = length**2 * (first.a.shape[-1] + first.g.shape[-1])
     if gram <= 2 * length * width or 4 * len(first.g) * math.prod(first.shape) > 2 * GRAM_BYTES:
         return uses
-    return [Dense(sum(_outer_dense(use) for use in outer)), *(use for use in uses if not isinstance(use, Outer))]
+    return [Dense(sum(write_out(use) for use in outer)), *(use for use in uses if not isinstance(use, Outer))]
 
 
 def weighted(use: Form, factors: Tensor, out: Tensor | None = None) -> Tensor:
@@ -490,7 +513,12 @@ def weighted(use: Form, factors: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _weighted_dense(use: Dense, factors: Tensor, out: Tensor | None) -> Tensor:
-    flat = _wide(use.grad).reshape(len(use.grad), -1)
+    grad = _wide(use.grad)
+    ordered = _in_memory_order(grad)
+    flat = ordered.reshape(len(grad), -1)
+    if ordered is not grad:
+        result = (factors @ flat).view(ordered.shape[1:]).mT
+        return result.contiguous() if out is None else out.add_(result)
     if out is None:
         return (factors @ flat).view(use.shape)
     out.view(-1).addmv_(flat.T, factors)
@@ -623,7 +651,7 @@ def layer_norm_grads(
     scale = None
     if weight:
         hat = F.layer_norm(_wide(x), normalized_shape, eps=eps)
-        scale = _sum_positions(hat * grad, len(normalized_shape))
+        scale = _sum_positions(hat.mul_(grad), len(normalized_shape))
     return scale, _sum_positions(grad, len(normalized_shape)) if bias else None
 
 

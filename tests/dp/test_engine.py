@@ -22,7 +22,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens/dp"
 
 
 def brute_force(model, loss, batch, clip_norm=1.0, stability=1e-6, one_by_one=True):
-    """Norms (B,) and clipped sums by name: a forward and backward pass for each example, of a copy without an engine."""
+    """Norms (B,) and clipped sums by name: a forward and backward pass for each example, of a copy of the model."""
     model = copy.deepcopy(model)
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     size = len(next(iter(batch)))
@@ -46,7 +46,9 @@ def compare(model, loss, *batch, rtol=1e-9, one_by_one=True, clip_norm=1.0, forw
     scale = max([float(g.abs().max()) for g in total.values()])
     for name, p in model.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(p.grad, total[name], rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                p.grad, total[name], rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert p.grad is None, f"{name} is frozen and got a gradient"
     engine.detach()
@@ -72,7 +74,7 @@ def randomize(model, seed=0):
     return model.double().train()
 
 
-# --- recorded models -----------------------------------------------------------------------------------------------------
+# --- recorded models ----------------------------------------------------------------------------------------
 
 
 def recorded(name):
@@ -139,7 +141,14 @@ def test_recorded_roberta_classifier():
     def losses(model):
         return nn.functional.cross_entropy(model(**inputs(golden)).logits, golden["in/labels"], reduction="none")
 
-    check_recorded(roberta("RobertaForSequenceClassification", type_vocab_size=golden["state/roberta.embeddings.token_type_embeddings.weight"].shape[0]), losses, golden)
+    check_recorded(
+        roberta(
+            "RobertaForSequenceClassification",
+            type_vocab_size=golden["state/roberta.embeddings.token_type_embeddings.weight"].shape[0],
+        ),
+        losses,
+        golden,
+    )
 
 
 def test_recorded_roberta_infilling_with_tied_decoder():
@@ -153,12 +162,14 @@ def test_recorded_roberta_infilling_with_tied_decoder():
         logits = model.lm_head(at)[:, golden["in/label_words"]]
         return nn.functional.cross_entropy(logits, golden["in/labels"], reduction="none")
 
-    model = roberta("RobertaForMaskedLM", type_vocab_size=golden["state/roberta.embeddings.token_type_embeddings.weight"].shape[0])
+    model = roberta(
+        "RobertaForMaskedLM", type_vocab_size=golden["state/roberta.embeddings.token_type_embeddings.weight"].shape[0]
+    )
     assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
     check_recorded(model, losses, golden)
 
 
-# --- layers --------------------------------------------------------------------------------------------------------------
+# --- layers -------------------------------------------------------------------------------------------------
 
 
 class Twice(nn.Module):
@@ -289,8 +300,11 @@ def test_layer(name):
     compare(randomize(build()), square, x)
 
 
-@pytest.mark.parametrize("options", [{"rule": "gram"}, {"rule": "instantiate"}, {"mode": "two_pass"}, {"mode": "per_example"}],
-                         ids=["gram", "instantiate", "two_pass", "per_example"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "gram"}, {"rule": "instantiate"}, {"mode": "two_pass"}, {"mode": "per_example"}],
+    ids=["gram", "instantiate", "two_pass", "per_example"],
+)
 @pytest.mark.parametrize("name", ["linear-3d", "conv2d", "twice", "in-place", "table", "owner", "attention"])
 def test_rules_and_modes_agree(name, options):
     build, x = LAYERS[name]
@@ -392,7 +406,11 @@ def test_any_network(model, batch, length, seed, options, clip_norm, single):
     compare(model, target_loss, ids, labels, rtol=2e-4 if single else 1e-8, clip_norm=clip_norm, **options)
 
 
-@given(st.integers(0, 9999), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(["gram", "instantiate", "auto"]))
+@given(
+    st.integers(0, 9999),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(["gram", "instantiate", "auto"]),
+)
 @settings(max_examples=40, deadline=None)
 def test_no_contribution_exceeds_the_bound(seed, dtype, rule):
     """What one example adds to p.grad, measured on p.grad itself in float64, for gradients from tiny to huge."""
@@ -407,7 +425,7 @@ def test_no_contribution_exceeds_the_bound(seed, dtype, rule):
     assert stats.factors[0] == 1 or added >= clip_norm * (1 - 1e-6)  # and what is clipped keeps all that it may
 
 
-# --- the graph holds the state -------------------------------------------------------------------------------------------
+# --- the graph holds the state ------------------------------------------------------------------------------
 
 
 def test_a_forward_pass_leaves_nothing_behind():
@@ -483,7 +501,9 @@ def test_detach_leaves_the_model_as_it_was():
     engine.detach()
 
 
-@pytest.mark.parametrize("travel", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "travel", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_a_copy_of_the_model_has_no_engine(travel):
     model = randomize(Table())
     engine = ClipEngine(model, 1.0)
@@ -527,7 +547,11 @@ def test_gradient_checkpointing(early_stop):
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.blocks, self.last = Table(9, 4), nn.ModuleList([InPlace(), Twice(), Owner()]), nn.Linear(4, 2)
+            self.table, self.blocks, self.last = (
+                Table(9, 4),
+                nn.ModuleList([InPlace(), Twice(), Owner()]),
+                nn.Linear(4, 2),
+            )
             self.blocks[1].last = nn.Linear(4, 4)
             self.recompute = True
 
@@ -583,7 +607,7 @@ def test_several_forward_passes_in_one_loss():
     compare(randomize(Twice()), pairs, x64(3, 6, 4), x64(3, 6, 4, seed=1))
 
 
-# --- parameters ----------------------------------------------------------------------------------------------------------
+# --- parameters ---------------------------------------------------------------------------------------------
 
 
 def test_frozen_bias_only_and_unused():
@@ -648,8 +672,8 @@ def test_accumulates_over_physical_batches():
 def test_lora_weights_move():
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0,
-                                     attn_pdrop=0)  # fmt: skip
+    config = transformers.GPT2Config(vocab_size=19, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0,
+                                     embd_pdrop=0, attn_pdrop=0)  # fmt: skip
     lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora).double().train()
     for name, p in model.named_parameters():
@@ -668,7 +692,7 @@ def test_lora_weights_move():
     assert moved == {name for name in before if "lora_" in name} and moved
 
 
-# --- precision -----------------------------------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------------------
 
 
 def test_autocast_to_bfloat16():
@@ -705,7 +729,10 @@ def test_bfloat16_model_and_storage():
 
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))
     x = torch.randn(4, 10, 32)
-    exact, stored = ClipEngine(copy.deepcopy(model), 0.5), ClipEngine(model, 0.5, store_dtype=torch.bfloat16, rule="gram")
+    exact, stored = (
+        ClipEngine(copy.deepcopy(model), 0.5),
+        ClipEngine(model, 0.5, store_dtype=torch.bfloat16, rule="gram"),
+    )
     a, b = exact.backward(square(exact.model, x)), stored.backward(square(model, x))
     torch.testing.assert_close(a.norms, b.norms, rtol=1e-6, atol=0)  # norms are taken before anything is rounded
     for p, q in zip(exact.model.parameters(), model.parameters(), strict=True):
@@ -713,7 +740,7 @@ def test_bfloat16_model_and_storage():
         assert not torch.equal(q.grad, p.grad)
 
 
-# --- clipping ------------------------------------------------------------------------------------------------------------
+# --- clipping -----------------------------------------------------------------------------------------------
 
 
 def per_parameter(model, x):
@@ -784,7 +811,7 @@ def test_adaptive_clipping_finds_the_quantile():
         ClipEngine(randomize(Twice()), 1.0).load_state_dict(engine.state_dict())
 
 
-# --- examples that are not finite ----------------------------------------------------------------------------------------
+# --- examples that are not finite ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
@@ -825,7 +852,7 @@ def test_an_example_without_targets():
                         / (labels != -100).sum(1))  # fmt: skip
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 class Outside(nn.Module):
@@ -913,7 +940,7 @@ def test_modules_that_cannot_be_run_for_one_example():
             super().__init__()
             self.dropout = nn.Dropout(0.1)
 
-    with pytest.raises(ValueError, match="1: it owns parameters directly and drops out.*set its dropout to 0"):
+    with pytest.raises(ValueError, match=r"1: it owns parameters directly and drops out.*set its dropout to 0"):
         ClipEngine(nn.Sequential(nn.Linear(4, 4), Drops()), 1.0)
 
     class Data(nn.Module):
@@ -925,7 +952,9 @@ def test_modules_that_cannot_be_run_for_one_example():
             return x * self.scale if float(x.sum()) < 1e9 else x
 
     model = randomize(Data())
-    with pytest.raises(ValueError, match=r"Data\): cannot be run for each example .*freeze its own parameters \['scale'\]"):
+    with pytest.raises(
+        ValueError, match=r"Data\): cannot be run for each example .*freeze its own parameters \['scale'\]"
+    ):
         ClipEngine(model, 1.0).backward(square(model, x64(3, 4)))
 
 
@@ -941,9 +970,23 @@ def test_modules_that_cannot_be_run_for_one_example():
         (nn.LSTM(4, 4), "its first axis is not the batch; build it with batch_first=True"),
         (nn.MultiheadAttention(4, 2), "batch_first=True"),
         (nn.LazyLinear(4), "its parameters have no shape yet"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "a parametrised weight is computed outside of its layer"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "a parametrised weight is computed outside of its layer",
+        ),
     ],
-    ids=["batchnorm", "syncbatchnorm", "instancenorm", "sparse", "max-norm", "bag", "lstm", "attention", "lazy", "weight-norm"],
+    ids=[
+        "batchnorm",
+        "syncbatchnorm",
+        "instancenorm",
+        "sparse",
+        "max-norm",
+        "bag",
+        "lstm",
+        "attention",
+        "lazy",
+        "weight-norm",
+    ],
 )
 def test_models_that_are_refused(model, message):
     assert validate(model)
@@ -965,7 +1008,9 @@ def test_losses_that_are_no_losses_of_examples():
     engine = ClipEngine(model, 1.0)
     losses = square(model, x64(3, 6, 4))
     for wrong in (losses.mean(), losses[:, None], losses[:0], 1.0):
-        with pytest.raises(ValueError, match=r"give one loss for each example, \(B,\): compute it with reduction='none'"):
+        with pytest.raises(
+            ValueError, match=r"give one loss for each example, \(B,\): compute it with reduction='none'"
+        ):
             engine.backward(wrong)
     with pytest.raises(ValueError, match="losses has no graph"):
         engine.backward(losses.detach())
@@ -1000,23 +1045,23 @@ def test_arguments_out_of_range(options, message):
         ClipEngine(Twice(), **({"clip_norm": 1.0} | options))
 
 
-# --- rules, sharding -----------------------------------------------------------------------------------------------------
+# --- rules, sharding ----------------------------------------------------------------------------------------
 
 
 def test_report_and_budget():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4000))
-    x = torch.randn(2, 200, 64)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 4000))
+    x, net = torch.randn(2, 100, 256), 4 * 2 * (256 * 256 - 100 * 256)  # what one of the small matrices takes more
     rules = {}
-    for budget in (None, 0, 4 * 2 * 64 * 64):
+    for budget in (None, 0, net - 1, net, 2 * net):
         engine = ClipEngine(model, 1.0, memory_budget=budget)
         engine.backward(model(x).square().mean((1, 2)))
         rules[budget] = [row["rule"] for row in engine.report()]
         assert {row["parameter"] for row in engine.report()} == {f"{i}.weight" for i in range(3)}
-        assert all(row["positions"] == 200 and row["uses"] == 1 for row in engine.report())
+        assert all(row["positions"] == 100 and row["uses"] == 1 for row in engine.report())
         engine.detach()
-    assert rules[0] == ["gram"] * 3
-    assert sorted(rules[4 * 2 * 64 * 64]) == ["gram", "gram", "instantiate"]
-    assert rules[None].count("instantiate") >= 2
+    assert rules[0] == rules[net - 1] == ["gram"] * 3
+    assert sorted(rules[net]) == ["gram", "gram", "instantiate"]
+    assert sorted(rules[2 * net]) == sorted(rules[None]) == ["gram", "instantiate", "instantiate"]
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass", "per_example"])
@@ -1052,14 +1097,10 @@ def test_no_weight_gradient_is_computed_twice():
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     engine, found = ClipEngine(model, 1.0, rule="gram"), []
     losses = square(model, torch.randn(2, 4, 5))
-    engine_run = engine._run
     with Shapes():
-        sweep = engine._new_sweep(losses, engine._survey(losses.grad_fn), [0] * 4, 1)
-        sweep.keep = False
-        engine_run(losses, sweep, True)
+        engine.parameter_norms(losses)
     assert (7, 5) not in found and (3, 7) not in found and (8, 7) in found
     found.clear()
     with engine.public(), Shapes():
         square(model, torch.randn(2, 4, 5)).sum().backward()
     assert {(7, 5), (3, 7)} <= {*found, *(s[::-1] for s in found)}
-

@@ -67,14 +67,15 @@ def batch_of(pad=0, left=False):
 
 
 def gpt2(tie=True):
-    c = transformers.GPT2Config(vocab_size=V, n_positions=16, n_embd=D, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0,
-                                attn_pdrop=0, tie_word_embeddings=tie)  # fmt: skip
+    c = transformers.GPT2Config(vocab_size=V, n_positions=16, n_embd=D, n_layer=2, n_head=2, resid_pdrop=0,
+                                embd_pdrop=0, attn_pdrop=0, tie_word_embeddings=tie)  # fmt: skip
     return transformers.GPT2LMHeadModel(c)
 
 
 def opt():
     c = transformers.OPTConfig(vocab_size=V, hidden_size=D, num_hidden_layers=2, ffn_dim=20, num_attention_heads=2,
-                               max_position_embeddings=16, dropout=0.0, word_embed_proj_dim=8, pad_token_id=1)  # fmt: skip
+                               max_position_embeddings=16, dropout=0.0, word_embed_proj_dim=8,
+                               pad_token_id=1)  # fmt: skip
     return transformers.OPTForCausalLM(c)
 
 
@@ -93,8 +94,8 @@ def bert_like(config, model, **more):
 
 
 def distilbert():
-    c = transformers.DistilBertConfig(vocab_size=V, dim=D, n_layers=2, n_heads=2, hidden_dim=20, max_position_embeddings=24,
-                                      dropout=0.0, attention_dropout=0.0)  # fmt: skip
+    c = transformers.DistilBertConfig(vocab_size=V, dim=D, n_layers=2, n_heads=2, hidden_dim=20,
+                                      max_position_embeddings=24, dropout=0.0, attention_dropout=0.0)  # fmt: skip
     return transformers.DistilBertForMaskedLM(c)
 
 
@@ -127,8 +128,8 @@ def bart():
 
 
 def vit():
-    c = transformers.ViTConfig(hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8,
-                               patch_size=4, num_labels=3, hidden_dropout_prob=0.0)  # fmt: skip
+    c = transformers.ViTConfig(hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+                               image_size=8, patch_size=4, num_labels=3, hidden_dropout_prob=0.0)  # fmt: skip
     return transformers.ViTForImageClassification(c)
 
 
@@ -188,7 +189,9 @@ def compare(model, loss, batch, rtol, **options):
     scale = max(g.abs().max() for g in total.values())
     for name, p in model.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(p.grad, total[name], rtol=rtol, atol=rtol * float(scale), msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                p.grad, total[name], rtol=rtol, atol=rtol * float(scale), msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert p.grad is None
     engine.detach()

@@ -82,7 +82,7 @@ def test_layers_equal_recorded_gradients(name):
                 torch.testing.assert_close(found, golden(name, "norm", parameter), rtol=rtol, atol=0)
 
 
-# --- every pair of forms -----------------------------------------------------------------------------------------------
+# --- every pair of forms ------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -126,7 +126,9 @@ def test_sums_of_uses_equal_gradients_written_out(uses):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12 * math.sqrt(size))
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999)
+)
 @settings(max_examples=50, deadline=None)
 def test_groups(batch, groups, length, p, d, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +152,9 @@ def test_groups(batch, groups, length, p, d, seed):
 def test_tied_embedding_needs_its_cross_term():
     """What a peer leaves out: without the inner product of both uses the norm is off by much."""
     generator = torch.Generator().manual_seed(0)
-    read = Rows(torch.randint(0, 11, (3, 6), generator=generator), torch.rand(3, 6, 4, generator=generator).double(), 11)
+    read = Rows(
+        torch.randint(0, 11, (3, 6), generator=generator), torch.rand(3, 6, 4, generator=generator).double(), 11
+    )
     head = Outer(torch.rand(3, 6, 4, generator=generator).double(), torch.rand(3, 6, 11, generator=generator).double())
     true = (per_example(read) + per_example(head)).flatten(1).square().sum(1)
     torch.testing.assert_close(norm2([read, head]), true, rtol=1e-13, atol=0)
@@ -180,7 +184,7 @@ def test_long_sequences_go_in_strips(monkeypatch):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-11)
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------------------
 
 
 def test_squares_of_many_entries_are_not_under_estimated():
@@ -226,7 +230,10 @@ def test_half_types_are_accumulated_in_float32(dtype):
         expected = weighted(exact, torch.tensor([0.5, 1.0, 0.25]).double())
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(
-        inner(Outer(a, g), rows), inner(Outer(a.double(), g.double()), Rows(rows.ids, a.double(), 48)), rtol=1e-5, atol=1e-3
+        inner(Outer(a, g), rows),
+        inner(Outer(a.double(), g.double()), Rows(rows.ids, a.double(), 48)),
+        rtol=1e-5,
+        atol=1e-3,
     )
     assert 0 < slack(dtype, torch.device("cpu")) < 0.01 and slack(torch.float64, torch.device("cpu")) == 0
 
@@ -246,7 +253,7 @@ def test_weighted_into_wider_or_strided_sums():
     torch.testing.assert_close(weighted(use, factors, out=strided), expected, rtol=1e-6, atol=1e-6)
 
 
-# --- layers ------------------------------------------------------------------------------------------------------------
+# --- layers -------------------------------------------------------------------------------------------------
 
 
 def per_example_by_autograd(function, x, *parameters):
@@ -303,7 +310,10 @@ def test_norm_layers():
     torch.testing.assert_close(
         rms_norm_grads(x, 2 * F.rms_norm(x, (5,), scale, 1e-3).detach(), 1e-3), expected, rtol=1e-11, atol=1e-11
     )
-    w, b = torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64, requires_grad=True)
+    w, b = (
+        torch.randn(6, dtype=torch.float64, requires_grad=True),
+        torch.randn(6, dtype=torch.float64, requires_grad=True),
+    )
     for inputs in (x, x[:, :, 0, 0]):
         expected = per_example_by_autograd(lambda x, w, b: F.group_norm(x, 3, w, b, 1e-3), inputs, w, b)
         g = 2 * F.group_norm(inputs, 3, w, b, 1e-3).detach()
@@ -311,7 +321,7 @@ def test_norm_layers():
             torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-10)
 
 
-# --- at the door -------------------------------------------------------------------------------------------------------
+# --- at the door --------------------------------------------------------------------------------------------
 
 
 def test_without_clears_what_is_not_finite():
@@ -342,7 +352,8 @@ def test_messages():
             inner(Dense(torch.ones(2, 5, 4)), other)
     with pytest.raises(ValueError, match="cannot be tied with a grouped convolution"):
         inner(
-            Outer(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 2)), Rows(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 4), 4)
+            Outer(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 2)),
+            Rows(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 4), 4),
         )
 
 
