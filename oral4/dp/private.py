@@ -776,6 +776,36 @@ def _release_shard(total: Any, std: float, scale: float, source: _NoiseSource, n
     torch.add(noise.to_local(), local, alpha=scale, out=local)
 
 # %% ../../nbs/dp/03_private.ipynb #10fe437a
+def _trained_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of an optimizer; a model must have exactly these, and in a wide type."""
+    _reshard(model)
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in held.values() if p.requires_grad]
+    strangers = [tuple(p.shape) for p in trained if id(p) not in names]
+    if strangers:
+        raise ValueError(
+            f"the optimizer holds a parameter of shape {strangers[0]} that the engine's model does not have: its "
+            "gradient would be neither clipped nor counted. Build the optimizer from this model's parameters"
+        )
+    missing = [name for key, name in names.items() if key not in held]
+    if missing:
+        raise ValueError(
+            f"{missing[0]} is trainable but not in the optimizer: it would use up clipping norm for nothing. Freeze it "
+            f"with requires_grad_(False), or give it to the optimizer ({len(missing)} such parameters)"
+        )
+    for parameter in trained:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{names[id(parameter)]} is trained in {parameter.dtype}: sums and noise would be rounded too coarsely for "
+                "the promised sensitivity. Keep trained parameters in float32 and use autocast for speed"
+            )
+    for parameter in held.values():
+        if not parameter.requires_grad:
+            parameter.grad = None  # frozen since: what is left of its gradient has no noise
+    return trained
+
+# %% ../../nbs/dp/03_private.ipynb #24b4c87b
 class DPOptimizer(_OptimizerView):
     """A torch optimizer whose gradient is private: `step` ends a logical batch.
 
@@ -881,7 +911,7 @@ class DPOptimizer(_OptimizerView):
         self._skip_next = self._keep_gradient = self._released = False
         self._rows: list[Tensor] = []  # one a step
         self._counts: list[Tensor] = []  # clipped and all records, one a piece of the logical batch at hand
-        if any(_is_split(parameter) for parameter in self._parameters()):
+        if any(_is_split(parameter) for parameter in _trained_parameters(optimizer, engine.model)):
             if engine.clipping == "adaptive" or engine.mode == "per_example":
                 raise ValueError(
                     f"clipping={engine.clipping!r} and mode={engine.mode!r} with split weights: they know neither "
@@ -957,7 +987,7 @@ class DPOptimizer(_OptimizerView):
             return
         if self._released:
             raise RuntimeError("the gradient of the last step is still there: call this optimizer's zero_grad() in between")
-        parameters = self._parameters()
+        parameters = _trained_parameters(self.optimizer, self.engine.model)
         self.noise.require_own_stream()
         if self.budget is not None:  # before the noise is drawn: an interruption then costs too much, not too little
             self.budget.charge(self.sampling_rate, self.charged_sigma, self.steps)
@@ -1001,35 +1031,6 @@ class DPOptimizer(_OptimizerView):
         if self.noise.num_processes > 1:
             dist.all_reduce(count, group=self.noise.group)
         self.engine.adapt(float(count), self.expected_batch_size)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters; those of optimizer and engine must be the same."""
-        _reshard(self.engine.model)
-        held = {id(p): p for group in self.param_groups for p in group["params"]}
-        names = {id(p): name for name, p in self.engine.model.named_parameters() if p.requires_grad}
-        trained = [p for p in held.values() if p.requires_grad]
-        strangers = [tuple(p.shape) for p in trained if id(p) not in names]
-        if strangers:
-            raise ValueError(
-                f"the optimizer holds a parameter of shape {strangers[0]} that the engine's model does not have: its "
-                "gradient would be neither clipped nor counted. Build the optimizer from this model's parameters"
-            )
-        missing = [name for key, name in names.items() if key not in held]
-        if missing:
-            raise ValueError(
-                f"{missing[0]} is trainable but not in the optimizer: it would use up clipping norm for nothing. Freeze it "
-                f"with requires_grad_(False), or give it to the optimizer ({len(missing)} such parameters)"
-            )
-        for parameter in trained:
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"{names[id(parameter)]} is trained in {parameter.dtype}: sums and noise would be rounded too coarsely "
-                    "for the promised sensitivity. Keep trained parameters in float32 and use autocast for speed"
-                )
-        for parameter in held.values():
-            if not parameter.requires_grad:
-                parameter.grad = None  # frozen since: what is left of its gradient has no noise
-        return trained
 
     def records(self) -> dict[str, list[float]]:
         """Return what was recorded, one value per step; with one transfer from the device.
