@@ -73,7 +73,7 @@ def _largest(rejects: Callable[[float], bool], tolerance: float = 1e-9) -> float
         low, high = (middle, high) if rejects(middle) else (low, middle)
     return low
 
-# %% ../../nbs/dp/06_audit.ipynb #eb5f8963
+# %% ../../nbs/dp/06_audit.ipynb #e82d16e6
 def one_run_p_value(
     correct: int,
     guesses: int,
@@ -85,8 +85,8 @@ def one_run_p_value(
 ) -> float:
     """Return a bound on the probability of so many correct guesses if the training is (epsilon, delta)-DP.
 
-    With ``delta = 0`` it is a binomial tail (Steinke, Nasr and Jagielski, 2023, Theorem 5.2), which randomised response
-    reaches. With ``delta > 0`` it is derived on the notebook's page; for a small delta some mechanism reaches it.
+    With ``delta = 0`` it is a binomial tail (Steinke, Nasr and Jagielski, 2023), which randomised response reaches.
+    With ``delta > 0`` it is derived on the notebook's page; for a small delta some mechanism reaches it.
 
     Parameters
     ----------
@@ -101,8 +101,9 @@ def one_run_p_value(
     canaries : int, at least ``guesses``
         Coins that were tossed, those without a guess included. Needed if ``delta > 0``.
     formula : {"tight", "published"}
-        How delta is treated. ``"published"`` is the term of Theorem 5.2 of the paper, to compare with its numbers. It is
-        the weaker one wherever the binomial tail is below a half; far above, it can be too small to be a bound.
+        How delta is treated. ``"published"`` is the term in the paper's code, to compare with its numbers. Wherever the
+        binomial tail is below a half it is the larger one, and so the weaker; far above, it can be too small to be a
+        bound.
 
     Returns
     -------
@@ -145,7 +146,7 @@ def one_run_p_value(
     log_gain = log_tail + float(log_price.max()) + math.log(tossed * delta)
     return min(1.0, tail + math.exp(min(0.0, log_gain)))
 
-# %% ../../nbs/dp/06_audit.ipynb #e82d16e6
+# %% ../../nbs/dp/06_audit.ipynb #8ccd76f5
 def one_run_lower_bound(
     correct: int,
     guesses: int,
@@ -459,11 +460,11 @@ def one_run_audit(
     best = max(found, key=lambda row: row[0])
     return OneRunAudit(*best, len(values), len(pairs), float(delta), float(beta), auc)
 
-# %% ../../nbs/dp/06_audit.ipynb #cf116008
+# %% ../../nbs/dp/06_audit.ipynb #068d27e5
 def exposure(rank: int, total: int) -> float:
     """Return the exposure of a canary in bits: how much easier it is to guess than before the training.
 
-    Section 4.2 of Carlini et al. (2019): ``log2(total) - log2(rank)``. It is at most ``log2(total)``. A canary that
+    Carlini et al. (2019): ``log2(total) - log2(rank)``. It is at most ``log2(total)``. A canary that
     was not in the training has an exposure above ``x`` with a probability of at most ``2 ** -x``.
 
     Parameters
@@ -561,7 +562,7 @@ class ExtrapolatedExposure(NamedTuple):
 def extrapolated_exposure(loss: float, sample: Any) -> ExtrapolatedExposure:
     """Return the exposure of a canary estimated from a sample of candidates, where ranking all is too much work.
 
-    Section 4.3 of Carlini et al. (2019): the losses of the candidates are taken to follow a skew normal distribution,
+    Carlini et al. (2019): the losses of the candidates are taken to follow a skew normal distribution,
     whose mass below the canary's loss replaces ``rank / total``. Here it has the mean, variance and skewness of the
     sample.
 
@@ -922,11 +923,11 @@ def engine_sum(
 
     return clipped_sum
 
-# %% ../../nbs/dp/06_audit.ipynb #8ae43fc7
+# %% ../../nbs/dp/06_audit.ipynb #5f5ae1a8
 def dirac_gradients(size: int, places: Sequence[int], norm: float = 1.0) -> Tensor:
     """Return gradients that are zero but for one entry each: canaries whose direction no other example shares.
 
-    Nasr et al. (2023), section 5. Where other examples have a zero there, all that the mechanism releases at this
+    Nasr et al. (2023). Where other examples have a zero there, all that the mechanism releases at this
     place is the canary and the noise.
 
     Parameters

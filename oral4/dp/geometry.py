@@ -342,7 +342,7 @@ def gradient_pca(
 ) -> Spectrum:
     """Return the leading directions of a stack of gradients.
 
-    Section 4 of Li et al. (2022), where the gradients are the clipped means of successive updates. They are not
+    As in Li et al. (2022), where the gradients are the clipped means of successive updates. They are not
     centred: what matters is where gradients lie, not how they scatter.
 
     Parameters
@@ -591,7 +591,7 @@ def private_median(
 ) -> Tensor:
     """Return the excess loss of a private geometric median, found by noisy gradient descent.
 
-    The synthetic study of Li et al. (2022), section 5. Every step uses all points. Its gradient changes by at most
+    The synthetic study of Li et al. (2022). Every step uses all points. Its gradient changes by at most
     ``2 max(weights) / n`` if one point is replaced. All steps together are Gaussian differential privacy with
     ``mu = sqrt(steps) * sensitivity / noise``, exactly.
 

@@ -92,7 +92,7 @@ def test_a_larger_epsilon_explains_more(guesses, epsilon, more, delta, data):
 
 
 def theorem(canaries, guesses, correct, epsilon, delta):
-    """Theorem 5.2 of Steinke, Nasr and Jagielski, from scipy's binomial."""
+    """The p-value in the code printed with Steinke, Nasr and Jagielski, from scipy's binomial."""
     law = stats.binom(guesses, 1 / (1 + math.exp(-epsilon)))
     tail = law.sf(correct - 1)
     gains = [(law.sf(correct - i - 1) - tail) / i for i in range(1, correct + 1)]
@@ -113,7 +113,7 @@ def test_published_formula_is_the_theorem(guesses, silent, epsilon, delta, data)
     [(1000, 100, 75, 1e-4, 0.673), (100_000, 1510, 1439, 1e-5, 2.675)],
 )
 def test_numbers_printed_in_the_paper(canaries, guesses, correct, delta, printed):
-    # Appendix D and section 7; the second is cut off, not rounded: one unit of the last digit
+    # of the code's example and of a figure; the second is cut off, not rounded: one unit of the last digit
     found = one_run_lower_bound(correct, guesses, delta, canaries=canaries, formula="published")
     assert found == pytest.approx(printed, abs=1e-3)
     assert one_run_lower_bound(correct, guesses, delta, canaries=guesses, formula="published") > found + 1e-3
