@@ -93,15 +93,15 @@ def _encoder(encoder: str, layers: int, pretrained: bool) -> nn.Module:
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if encoder == "tiny":
         config = transformers.BertConfig(
-            vocab_size=len(_tokenizer("tiny")), hidden_size=16, num_hidden_layers=layers or 2, num_attention_heads=2,
+            vocab_size=len(_tokenizer("tiny")), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=32, max_position_embeddings=64, **options,
         )  # fmt: skip
-        return transformers.BertModel(config, add_pooling_layer=False)
-    if pretrained:
+        model = transformers.BertModel(config, add_pooling_layer=False)
+    elif pretrained:
         load = transformers.BertModel.from_pretrained
         model = _from_source(load, add_pooling_layer=False, **options)
     else:
-        config = _from_source(transformers.BertConfig.from_pretrained, **options)
+        config = _from_source(transformers.AutoConfig.from_pretrained, **options)
         model = transformers.BertModel(config, add_pooling_layer=False)
     if layers:
         if layers > len(model.encoder.layer):
@@ -196,12 +196,16 @@ class ReviewConfig:
     "Expected batch with privacy."
     clip_norm: float = 0.1
     "C."
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    "Step sizes to choose from with privacy."
-    ordinary_batch: int = 32
+    rates: tuple[float, ...] = (2e-5, 1e-4, 5e-4)
+    "Step sizes of the encoder to choose from with privacy."
+    head_rate: float = 1e-2
+    "Step size of the fresh head with privacy."
+    ordinary_batch: int = 64
     "Batch without privacy."
-    ordinary_rates: tuple[float, ...] = (2e-5, 6e-5, 2e-4)
-    "Step sizes to choose from without privacy."
+    ordinary_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    "Step sizes of the encoder to choose from without privacy."
+    ordinary_head_rate: float = 1e-3
+    "Step size of the fresh head without privacy."
     physical: int = 64
     "Most examples at a time in memory."
 
@@ -212,6 +216,7 @@ class ReviewConfig:
             "batch_size": self.ordinary_batch if epsilon is None else self.batch_size,
             "epochs": self.epochs,
             "learning_rate": rate,
+            "head_rate": self.ordinary_head_rate if epsilon is None else self.head_rate,
             "clip_norm": self.clip_norm,
             "physical": self.physical,
         }
@@ -219,8 +224,8 @@ class ReviewConfig:
 
 
 _SMOKE: dict[str, Any] = {
-    "encoder": "tiny", "train": 96, "tuning": 40, "test": 60, "epochs": 2.0, "batch_size": 32, "rates": (1e-2, 3e-2),
-    "ordinary_batch": 16, "ordinary_rates": (1e-2,), "physical": 16,
+    "encoder": "tiny", "train": 96, "tuning": 40, "test": 60, "epochs": 2.0, "batch_size": 32, "rates": (3e-3, 1e-2),
+    "head_rate": 1e-2, "ordinary_batch": 16, "ordinary_rates": (3e-3,), "ordinary_head_rate": 3e-3, "physical": 16,
 }  # fmt: skip
 _GPU: dict[str, Any] = {"train": 16_000, "tuning": 1821, "batch_size": 1000, "physical": 512}
 _PAPER: dict[str, Any] = {"train": 67_349, "tuning": 1821, "batch_size": 1000, "physical": 512}
@@ -360,7 +365,7 @@ def _choice(config: ReviewConfig, epsilon: float | None, form: tuple[tuple[str, 
     reviews = load_reviews(config, TUNING_SEED)
 
     def score(rate: float) -> float:
-        model = _trained(config, reviews, config.recipe(epsilon, rate), TUNING_SEED, **dict(form))
+        model = _trained(config, reviews, _recipe(config, epsilon, rate, dict(form)), TUNING_SEED, **dict(form))
         return right_answers(model, reviews.tuning, reviews.collate).float().mean().item()
 
     return choose_rate(score, config.ordinary_rates if epsilon is None else config.rates)
@@ -380,8 +385,13 @@ class _Arm:
 
 def _arm(config: ReviewConfig, reviews: Reviews, seed: int, epsilon: float | None, **form: Any) -> _Arm:
     choice = _choice(config, epsilon, tuple(sorted(form.items())))
-    model = _trained(config, reviews, config.recipe(epsilon, choice.rate), seed, **form)
+    model = _trained(config, reviews, _recipe(config, epsilon, choice.rate, form), seed, **form)
     return _Arm(right_answers(model, reviews.test, reviews.collate), choice)
+
+
+def _recipe(config: ReviewConfig, epsilon: float | None, rate: float, form: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of an arm; where the head alone is trained, the step size in question is the head's."""
+    return config.recipe(epsilon, rate, **({"head_rate": None} if form.get("method") == "head" else {}))
 
 
 def _label(epsilon: float | None) -> str:
@@ -407,15 +417,15 @@ def _gap(first: _Arm, second: _Arm) -> tuple[float, float]:
 class PretrainedConfig(ReviewConfig):
     """Pretrained against fresh weights, at the same budget."""
 
-    fresh_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    fresh_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
     "Step sizes to choose from for fresh weights with privacy."
-    fresh_ordinary_rates: tuple[float, ...] = (6e-5, 2e-4, 6e-4)
+    fresh_ordinary_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     "Step sizes to choose from for fresh weights without privacy."
 
     @classmethod
     def smoke(cls) -> PretrainedConfig:
         """Take two random encoders and generated reviews: seconds."""
-        return cls(**_SMOKE, fresh_rates=(1e-2,), fresh_ordinary_rates=(1e-2,))
+        return cls(**_SMOKE, fresh_rates=(3e-3,), fresh_ordinary_rates=(3e-3,))
 
     @classmethod
     def mini(cls) -> PretrainedConfig:
@@ -474,15 +484,20 @@ class MethodsConfig(ReviewConfig):
 
     epsilon: float = 3.0
     "Budget."
-    part_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    part_rates: tuple[float, ...] = (1e-4, 1e-3, 5e-3)
     "Step sizes to choose from with privacy where a part is trained."
-    part_ordinary_rates: tuple[float, ...] = (6e-5, 3e-4, 1e-3)
+    part_ordinary_rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
     "Step sizes to choose from without privacy where a part is trained."
+    only_head_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    "Step sizes to choose from with privacy where the head alone is trained."
+    only_head_ordinary_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    "Step sizes to choose from without privacy where the head alone is trained."
 
     @classmethod
     def smoke(cls) -> MethodsConfig:
         """Take a random encoder and generated reviews: seconds."""
-        return cls(**_SMOKE, part_rates=(3e-2,), part_ordinary_rates=(1e-2,))
+        few = {"only_head_rates": (1e-2,), "only_head_ordinary_rates": (3e-3,)}
+        return cls(**_SMOKE, part_rates=(1e-2,), part_ordinary_rates=(3e-3,), **few)
 
     @classmethod
     def mini(cls) -> MethodsConfig:
@@ -516,9 +531,10 @@ def run_methods(config: MethodsConfig, seed: int) -> dict[str, float]:
     """Train all or a part of the same encoder at the same budget; return accuracies and what full training gains."""
     reviews = load_reviews(config, seed)
     part = replace(config, rates=config.part_rates, ordinary_rates=config.part_ordinary_rates)
+    head = replace(config, rates=config.only_head_rates, ordinary_rates=config.only_head_ordinary_rates)
     arms, found = {}, {}
     for method in ("full", *PARTS):
-        settled = config if method == "full" else part
+        settled = {"full": config, "head": head}.get(method, part)
         arms[f"{method}_private"] = _arm(settled, reviews, seed, config.epsilon, method=method)
         arms[f"{method}_ordinary"] = _arm(settled, reviews, seed, None, method=method)
         found[f"{method}_parameters"] = float(num_trained(build_classifier(config, seed, method=method)))
@@ -543,8 +559,8 @@ class BatchConfig(ReviewConfig):
     "Budget."
     batch_sizes: tuple[int, ...] = (64, 256, 1024)
     "Expected batches, in rising order."
-    grid_rates: tuple[float, ...] = (1e-4, 4e-4, 1.6e-3, 6.4e-3)
-    "Step sizes, in rising order."
+    grid_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    "Step sizes, in rising order; the head has the same."
     clip_norms: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     "Clipping norms, at the best cell of the grid, in rising order."
     method: str = "full"
@@ -587,7 +603,7 @@ def run_batch(config: BatchConfig, seed: int) -> dict[str, Any]:
 
     def run(batch_size: int, rate: float, clip_norm: float) -> tuple[float, Any]:
         model = build_classifier(config, seed, method=config.method)
-        recipe = config.recipe(config.epsilon, rate, batch_size=batch_size, clip_norm=clip_norm)
+        recipe = config.recipe(config.epsilon, rate, batch_size=batch_size, clip_norm=clip_norm, head_rate=None)
         private = fine_tune(model, reviews.train, classification_losses, reviews.collate, recipe, seed, record=True)
         return right_answers(model, reviews.test, reviews.collate).double().mean().item(), private
 
@@ -650,7 +666,7 @@ class SizeConfig(ReviewConfig):
     @classmethod
     def smoke(cls) -> SizeConfig:
         """Take random encoders and generated reviews: seconds."""
-        return cls(**(_SMOKE | {"rates": (3e-2,)}))
+        return cls(**(_SMOKE | {"rates": (3e-3,)}))
 
     @classmethod
     def mini(cls) -> SizeConfig:
@@ -732,13 +748,10 @@ class GeometryConfig(ReviewConfig):
     "Budget of the second fine-tuning; it is void where the directions come from the private gradients."
     rate: float = 1e-3
     "Step size."
-    head_rate: float = 1e-2
-    "Step size of the head, which is trained first, on other phrases, and then fixed."
-
     @classmethod
     def smoke(cls) -> GeometryConfig:
         """Take a random encoder and generated reviews: seconds."""
-        return cls(**_SMOKE, gradients=12, blocks=1, gradient_batch=16, rank=8, kept=(2, 4), rate=3e-2, head_rate=3e-2)
+        return cls(**_SMOKE, gradients=12, blocks=1, gradient_batch=16, rank=8, kept=(2, 4), rate=1e-2)
 
     @classmethod
     def mini(cls) -> GeometryConfig:
@@ -767,7 +780,7 @@ def run_geometry(config: GeometryConfig, seed: int) -> dict[str, Any]:
 
     def build() -> nn.Module:
         model = build_classifier(config, seed, method="head")
-        recipe = config.recipe(None, config.head_rate, epochs=3.0)
+        recipe = config.recipe(None, config.ordinary_head_rate)  # the head alone is trained here
         fine_tune(model, reviews.others or reviews.train, classification_losses, reviews.collate, recipe, seed)
         encoder: Any = model.encoder
         model.requires_grad_(False)

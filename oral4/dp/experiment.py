@@ -53,14 +53,19 @@ class CostConfig:
         return cls(repeats=20, memory=False)
 
 
+def _key(method: str) -> str:
+    """Return the name of a method as a part of a metric's name."""
+    return method.replace("-", "_")
+
+
 def cost_units(methods: tuple[str, ...]) -> dict[str, str]:
     """Return the metrics of a cost experiment with their units."""
+    keys = [_key(method) for method in methods]
     units: dict[str, str] = {}
     for case in CASES:
-        units |= {f"{case}_{name}_seconds": "s" for name in ("non-private", *methods)}
-        units |= {f"{case}_{name}_time": "" for name in methods}
-        units |= {f"{case}_{name}_memory": "" for name in methods}
-    return units | {f"worst_{name}_{kind}": "" for name in methods for kind in ("time", "memory")}
+        units |= {f"{case}_{key}_seconds": "s" for key in ("non_private", *keys)}
+        units |= {f"{case}_{key}_{kind}": "" for key in keys for kind in ("time", "memory")}
+    return units | {f"worst_{key}_{kind}": "" for key in keys for kind in ("time", "memory")}
 
 
 def measure_cost(config: CostConfig, methods: tuple[str, ...]) -> dict[str, float]:
@@ -70,15 +75,15 @@ def measure_cost(config: CostConfig, methods: tuple[str, ...]) -> dict[str, floa
     for case in CASES:
         size = "tiny" if config.tiny else case
         timings = speed.times(size, ("non-private", *methods), repeats=config.repeats, device=device)
-        for name, timing in timings.items():
-            found[f"{case}_{name}_seconds"] = timing.median
+        for method, timing in timings.items():
+            found[f"{case}_{_key(method)}_seconds"] = timing.median
         plain = speed.memory_growth(size, "non-private") if config.memory else 0
-        for name in methods:
-            found[f"{case}_{name}_time"] = _median_ratio(timings[name], timings["non-private"])
-            found[f"{case}_{name}_memory"] = speed.memory_growth(size, name) / plain if config.memory else -1.0
-    for name in methods:
+        for method in methods:
+            found[f"{case}_{_key(method)}_time"] = _median_ratio(timings[method], timings["non-private"])
+            found[f"{case}_{_key(method)}_memory"] = speed.memory_growth(size, method) / plain if config.memory else -1.0
+    for method in methods:
         for kind in ("time", "memory"):
-            found[f"worst_{name}_{kind}"] = max(found[f"{case}_{name}_{kind}"] for case in CASES)
+            found[f"worst_{_key(method)}_{kind}"] = max(found[f"{case}_{_key(method)}_{kind}"] for case in CASES)
     return found
 
 
@@ -198,7 +203,7 @@ EXPERIMENTS: tuple[Any, ...] = (
         run=run_cost,
         units=cost_units(OWN_METHODS),
         tolerance={f"{case}_ours_time": 0.1 for case in CASES},
-        better={f"worst_{name}_{kind}": "lower" for name in OWN_METHODS for kind in ("time", "memory")},
+        better={f"worst_{_key(name)}_{kind}": "lower" for name in OWN_METHODS for kind in ("time", "memory")},
     ),
     Experiment(
         name="dp/cost_peers",
@@ -207,7 +212,7 @@ EXPERIMENTS: tuple[Any, ...] = (
         run=run_cost_peers,
         units=cost_units(("ours", *PEER_METHODS)),
         tolerance={f"{case}_ours_time": 0.1 for case in CASES},
-        better={f"worst_{name}_{kind}": "lower" for name in ("ours", *PEER_METHODS) for kind in ("time", "memory")},
+        better={f"worst_{_key(name)}_{kind}": "lower" for name in ("ours", *PEER_METHODS) for kind in ("time", "memory")},
         origin=dict.fromkeys(PEER_METHODS, "github.com/pytorch/opacus"),
     ),
 )

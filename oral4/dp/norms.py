@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Form', 'CHUNK', 'GRAM_BYTES', 'SYMMETRIC', 'MACHINES', 'Outer', 'Rows', 'Dense', 'per_example', 'square_sum',
-           'outer_norm2', 'write_out', 'inner', 'norm2', 'weighted', 'without', 'slack', 'embedding_rows',
+__all__ = ['Form', 'CHUNK', 'GRAM_BYTES', 'SYMMETRIC', 'NEAR', 'MACHINES', 'Outer', 'Rows', 'Dense', 'per_example', 'square_sum',
+           'num_strips', 'outer_norm2', 'write_out', 'inner', 'norm2', 'weighted', 'without', 'slack', 'embedding_rows',
            'layer_norm_grads', 'rms_norm_grads', 'group_norm_grads', 'conv_outer', 'Machine', 'machine_for', 'Cost',
            'cost', 'choose_rule']
 
@@ -213,8 +213,17 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 # %% ../../nbs/dp/02_norms.ipynb #fe63d405
 GRAM_BYTES = 2**28
 "Largest table of products of positions held at once; longer sequences go through in strips."
-SYMMETRIC = 512
-"From this many positions on, the half of a symmetric table that repeats the other is left out."
+SYMMETRIC = {"cpu": (128, 1024), "cuda": (1024, 4096)}
+"From so many positions on, a symmetric table is computed in two strips, in four: what repeats is left out, products get smaller."
+
+
+def num_strips(length: int, device: str = "cpu") -> int:
+    """Return in how many strips a symmetric table of products is computed: 1, 2 or 4.
+
+    With n strips the share of the table that is computed is (n + 1) / 2n.
+    """
+    two, four = SYMMETRIC.get(device, SYMMETRIC["cuda"])
+    return 4 if length >= four else 2 if length >= two else 1
 
 
 def _zeros(batch: int, device: torch.device) -> Tensor:
@@ -232,9 +241,9 @@ def _gram(rows: Tensor, columns: Tensor, bias: bool) -> Tensor:
     """Return ``sum_st (r_s . r_t) (c_s . c_t + bias)`` of every example, (B,)."""
     batch, length = rows.shape[:2]
     total = _zeros(batch, rows.device)
-    quarter = -(-length // 4) if length >= SYMMETRIC else length
-    for block in range(0, length, quarter):
-        for start, stop in _strips(batch, min(quarter, length - block), length - block):
+    part = -(-length // num_strips(length, rows.device.type))
+    for block in range(0, length, part):
+        for start, stop in _strips(batch, min(part, length - block), length - block):
             start, stop, size = start + block, stop + block, stop - start
             table = _products(columns[:, start:stop], columns[:, start:])
             if bias:
@@ -605,6 +614,10 @@ def slack(dtype: torch.dtype, device: torch.device) -> float:
     return 0.0
 
 # %% ../../nbs/dp/02_norms.ipynb #7184f2ab
+NEAR = 2**16
+"Numbers that stay near a CPU while they are read several times."
+
+
 def embedding_rows(ids: Tensor, g: Tensor, num_rows: int, padding_idx: int | None = None) -> Rows:
     """Return the per-example gradients of an embedding's table.
 
@@ -647,12 +660,15 @@ def layer_norm_grads(
     -------
     tuple of (Tensor or None), in float32 or float64
     """
-    grad = _wide(g)
-    scale = None
-    if weight:
-        hat = F.layer_norm(_wide(x), normalized_shape, eps=eps)
-        scale = _sum_positions(hat.mul_(grad), len(normalized_shape))
-    return scale, _sum_positions(grad, len(normalized_shape)) if bias else None
+    keep = len(normalized_shape)
+    step = len(x) if x.device.type != "cpu" else max(1, NEAR // max(1, x[0].numel()))
+    scales, shifts = [], []
+    for part, grad in zip(x.split(step), _wide(g).split(step), strict=True):
+        if weight:
+            scales.append(_sum_positions(F.layer_norm(_wide(part), normalized_shape, eps=eps).mul_(grad), keep))
+        if bias:
+            shifts.append(_sum_positions(grad, keep))
+    return torch.cat(scales) if weight else None, torch.cat(shifts) if bias else None
 
 
 def rms_norm_grads(x: Tensor, g: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -753,6 +769,7 @@ def conv_outer(
 class Machine:
     """What the choice between the two rules needs to know of a device."""
 
+    device: str
     flops: float
     "Multiplications and additions of a large product of matrices, each second."
     bandwidth: float
@@ -760,9 +777,9 @@ class Machine:
 
 
 MACHINES = {
-    "cpu": Machine(1e11, 1e10),
-    "cuda-16": Machine(5e14, 3e12),
-    "cuda-32": Machine(4e13, 3e12),
+    "cpu": Machine("cpu", 1.2e11, 1e10),
+    "cuda-16": Machine("cuda", 5e14, 3e12),
+    "cuda-32": Machine("cuda", 4e13, 3e12),
 }
 "One core of a server, and one H100 in bfloat16 and in float32: rates that large products reach, rounded."
 
@@ -814,8 +831,8 @@ def cost(
     """
     machine = machine or MACHINES["cpu"]
     positions = length * uses
-    symmetry = 0.625 if positions >= SYMMETRIC else 1.0
-    gram = 2 * batch * positions**2 * (inputs + outputs) * symmetry / machine.flops
+    strips = num_strips(positions, machine.device)
+    gram = 2 * batch * positions**2 * (inputs + outputs) * (strips + 1) / (2 * strips) / machine.flops
     gram += 2 * batch * positions * min(inputs, outputs) * itemsize / machine.bandwidth
     gram += 6 * batch * positions**2 * 4 / machine.bandwidth
     size = batch * inputs * outputs * 4

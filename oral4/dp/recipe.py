@@ -35,6 +35,9 @@ class Recipe:
     "Passes over the data."
     learning_rate: float
     "Of Adam, at the start."
+    head_rate: float | None = None
+    """The same for a fresh head, which has farther to go than pretrained weights: parameters of a module named ``head``;
+    None: as for all."""
     clip_norm: float = 0.1
     "C."
     schedule: Literal["linear", "constant"] = "linear"
@@ -145,7 +148,7 @@ def fine_tune(
         raise ValueError("between= changes the clipped sum, and without a budget nothing is clipped; leave it out")
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.learning_rate, weight_decay=0.0)
     model.train()
     with own_randomness(derive_seed(seed, "dropout"), device):
         if not recipe.is_private:
@@ -180,6 +183,16 @@ def fine_tune(
             private.engine.detach()
     model.eval()
     return private
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the trained parameters by their step size; a shared parameter occurs once."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_head = recipe.head_rate is not None and "head" in name.split(".")
+            groups.setdefault(recipe.head_rate if is_head else recipe.learning_rate, []).append(parameter)  # type: ignore[arg-type]
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 def _step(

@@ -19,10 +19,10 @@ from .accountant import calibrate_sigma, default_delta, num_steps
 
 # %% auto #0
 __all__ = ['effective_noise', 'NoisePoint', 'noise_curve', 'alignment', 'signal_to_noise', 'useful_share', 'useful_updates',
-           'Suggestion', 'suggest', 'adam_share', 'adam_damping', 'Selection', 'find_blocks', 'PrefixEncoder',
+           'adam_share', 'adam_damping', 'Suggestion', 'suggest', 'Selection', 'find_blocks', 'PrefixEncoder',
            'PrefixModel', 'select_parameters']
 
-# %% ../../nbs/dp/04_tuning.ipynb #41f67754
+# %% ../../nbs/dp/04_tuning.ipynb #702aa8ef
 def effective_noise(sigma: float, q: float) -> float:
     """Return ``sigma / q``, the paper's effective noise multiplier.
 
@@ -64,7 +64,7 @@ class NoisePoint:
         """Effective noise multiplier, sigma / q."""
         return effective_noise(self.sigma, self.q)
 
-
+# %% ../../nbs/dp/04_tuning.ipynb #0877774d
 def noise_curve(
     num_examples: int,
     batch_sizes: Iterable[float],
@@ -116,7 +116,7 @@ def noise_curve(
         points.append(NoisePoint(batch_size, q, updates, sigma))
     return points
 
-# %% ../../nbs/dp/04_tuning.ipynb #59c5b609
+# %% ../../nbs/dp/04_tuning.ipynb #3a2c09eb
 def alignment(gradients: Tensor, clip_norm: float) -> float:
     """Return the norm of the mean of the clipped gradients, in units of the clipping norm: the signal.
 
@@ -145,7 +145,7 @@ def alignment(gradients: Tensor, clip_norm: float) -> float:
     norms = flat.double().norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     return float(((clip_norm / norms).clamp(max=1.0).to(flat) @ flat / len(flat)).norm() / clip_norm)
 
-
+# %% ../../nbs/dp/04_tuning.ipynb #d40abd81
 def signal_to_noise(alignment: float, batch_size: float, sigma: float, num_parameters: float) -> float:
     """Return the norm of the mean clipped gradient over the norm of the noise, ``kappa B / (sigma sqrt(p))``.
 
@@ -206,6 +206,52 @@ def useful_share(alignment: float, point: NoisePoint, dimension: float) -> float
 def useful_updates(alignment: float, points: Sequence[NoisePoint], dimension: float) -> list[float]:
     """Return for each batch size how many noiseless updates its private updates are worth: steps x `useful_share`."""
     return [point.steps * useful_share(alignment, point, dimension) for point in points]
+
+# %% ../../nbs/dp/04_tuning.ipynb #c0ccfdfd
+def adam_share(signal: float, noise: float) -> float:
+    """Return which share of its learning rate Adam moves a coordinate by, when the gradient carries noise.
+
+    Adam divides by the root of the mean square, ``sqrt(signal^2 + noise^2)``, and averages the noise of the numerator
+    away: what is left of a step is ``signal / sqrt(signal^2 + noise^2)``. Multiply the learning rate by the inverse to
+    move as fast as without noise.
+
+    Parameters
+    ----------
+    signal : float
+        Mean of the coordinate of the update.
+    noise : float, 0 or more
+        Deviation of its noise, ``C sigma / B``.
+
+    Examples
+    --------
+    >>> adam_share(3.0, 4.0)
+    0.6
+    """
+    if noise < 0 or (signal == 0 and noise == 0):
+        raise ValueError(f"{signal=}, {noise=}; give a deviation of 0 or more, and not both 0")
+    return abs(signal) / math.hypot(signal, noise)
+
+# %% ../../nbs/dp/04_tuning.ipynb #66744990
+def adam_damping(clip_norm: float, sigma: float, batch_size: float, adam_epsilon: float = 1e-8) -> float:
+    """Return Adam's ``eps`` over the deviation of the noise: how much it damps an update that is noise.
+
+    While this is far below 1 and all gradients are clipped, the clipping norm does not matter to Adam; see this page.
+
+    Parameters
+    ----------
+    clip_norm, sigma, batch_size : float, above 0
+        C, noise multiplier, expected batch size B.
+    adam_epsilon : float, 0 or more
+        ``eps`` of the optimiser.
+
+    Examples
+    --------
+    >>> round(adam_damping(0.1, sigma=0.8, batch_size=1000), 7)
+    0.000125
+    """
+    if not (clip_norm > 0 and sigma > 0 and batch_size > 0 and adam_epsilon >= 0):
+        raise ValueError(f"{clip_norm=}, {sigma=}, {batch_size=}, {adam_epsilon=}; give numbers above 0")
+    return adam_epsilon * batch_size / (clip_norm * sigma)
 
 # %% ../../nbs/dp/04_tuning.ipynb #e728200c
 @dataclass(frozen=True)
@@ -271,53 +317,7 @@ def suggest(
     [point] = noise_curve(num_examples, [batch_size], target_epsilon=target_epsilon, epochs=epochs, method=method)
     return Suggestion(point, 0.1, tuple(factor * learning_rate for factor in (10, 20, 40)), target_epsilon, delta)
 
-# %% ../../nbs/dp/04_tuning.ipynb #702aa8ef
-def adam_share(signal: float, noise: float) -> float:
-    """Return which share of its learning rate Adam moves a coordinate by, when the gradient carries noise.
-
-    Adam divides by the root of the mean square, ``sqrt(signal^2 + noise^2)``, and averages the noise of the numerator
-    away: what is left of a step is ``signal / sqrt(signal^2 + noise^2)``. Multiply the learning rate by the inverse to
-    move as fast as without noise.
-
-    Parameters
-    ----------
-    signal : float
-        Mean of the coordinate of the update.
-    noise : float, 0 or more
-        Deviation of its noise, ``C sigma / B``.
-
-    Examples
-    --------
-    >>> adam_share(3.0, 4.0)
-    0.6
-    """
-    if noise < 0 or (signal == 0 and noise == 0):
-        raise ValueError(f"{signal=}, {noise=}; give a deviation of 0 or more, and not both 0")
-    return abs(signal) / math.hypot(signal, noise)
-
-
-def adam_damping(clip_norm: float, sigma: float, batch_size: float, adam_epsilon: float = 1e-8) -> float:
-    """Return Adam's ``eps`` over the deviation of the noise: how much it damps an update that is noise.
-
-    While this is far below 1 and all gradients are clipped, the clipping norm does not matter to Adam; see this page.
-
-    Parameters
-    ----------
-    clip_norm, sigma, batch_size : float, above 0
-        C, noise multiplier, expected batch size B.
-    adam_epsilon : float, 0 or more
-        ``eps`` of the optimiser.
-
-    Examples
-    --------
-    >>> round(adam_damping(0.1, sigma=0.8, batch_size=1000), 7)
-    0.000125
-    """
-    if not (clip_norm > 0 and sigma > 0 and batch_size > 0 and adam_epsilon >= 0):
-        raise ValueError(f"{clip_norm=}, {sigma=}, {batch_size=}, {adam_epsilon=}; give numbers above 0")
-    return adam_epsilon * batch_size / (clip_norm * sigma)
-
-# %% ../../nbs/dp/04_tuning.ipynb #0877774d
+# %% ../../nbs/dp/04_tuning.ipynb #91b73bf0
 @dataclass(frozen=True)
 class Selection:
     """A model with the parameters that are trained."""
@@ -399,7 +399,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         raise ValueError(f"{type(model).__name__} holds no nn.ModuleList, so it has no blocks to choose from")
     return [f"{outermost[-1]}.{name}" for name, _ in model.get_submodule(outermost[-1]).named_children()]
 
-# %% ../../nbs/dp/04_tuning.ipynb #e9671d03
+# %% ../../nbs/dp/04_tuning.ipynb #7b1085ba
 class PrefixEncoder(nn.Module):
     """Keys and values of virtual words for every layer, from a small network: prefix-tuning.
 
@@ -454,7 +454,7 @@ class PrefixEncoder(nn.Module):
         states = self.dropout(self.up(torch.tanh(self.down(self.words(ids)))))  # (B, P, layers * 2 * heads * head_dim)
         return states.unflatten(-1, self.shape).permute(2, 3, 0, 4, 1, 5)
 
-
+# %% ../../nbs/dp/04_tuning.ipynb #526e509e
 class PrefixModel(nn.Module):
     """A frozen causal language model behind a trained prefix.
 
@@ -501,7 +501,7 @@ class PrefixModel(nn.Module):
         mask = torch.cat([mask.new_ones(len(mask), self.prefix.prefix_len), mask], dim=1)
         return self.model(input_ids=input_ids, attention_mask=mask, **{self.cache_name: cache}, **kwargs)
 
-# %% ../../nbs/dp/04_tuning.ipynb #e0baba4d
+# %% ../../nbs/dp/04_tuning.ipynb #945158c4
 def _choose_full(model: nn.Module, **options: Any) -> tuple[nn.Module, set[str]]:
     return model, {name for name, _ in model.named_parameters()}
 
@@ -549,6 +549,7 @@ def _choose_lora(
         lora_alpha=lora_alpha,
         lora_dropout=0.0,
         target_modules=None if targets is None else list(targets),
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2 keeps (d, p)
         modules_to_save=_fresh_head(model, head) or None,
     )
     adapted = peft.get_peft_model(model, config)

@@ -74,8 +74,9 @@ from oral4.train.randomness import derive_seed, own_randomness
 
 __all__ = [
     "AUDIT_UNITS", "INFILLING_UNITS", "TABLE_UNITS", "TRAP_UNITS", "WORLDS", "AuditConfig", "InfillingConfig",
-    "TableConfig", "TrapConfig", "WorldConfig", "attribute_examples", "build_lm", "build_mlm", "new_secrets", "private_pairs",
-    "pretrain", "public_pairs", "run_audit", "run_infilling", "run_table", "run_trap",
+    "Split", "TableConfig", "TrapConfig", "WorldConfig", "attribute_examples", "build_lm", "build_mlm", "encode_records",
+    "new_secrets", "pretrain", "private_pairs", "public_pairs", "run_audit", "run_infilling", "run_table", "run_trap",
+    "split_records", "starting_model", "world_tokenizer",
 ]  # fmt: skip
 
 WORLDS = {
@@ -168,7 +169,7 @@ def private_pairs(world: str) -> tuple[Pair, ...]:
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """The private text of a seed and what it is judged by; no meaning is in two of them."""
 
     private: list[Pair]
@@ -176,23 +177,31 @@ class _Split:
     test: list[Pair]
 
 
-def _split(config: WorldConfig, seed: int, pairs: Sequence[Pair], meanings: int) -> _Split:
-    """Hold the same meanings out for all seeds; draw the private records anew for each."""
+def split_records(config: WorldConfig, seed: int, pairs: Sequence[Pair], meanings: int) -> Split:
+    """Hold the same meanings out for all seeds, twice as many as ``meanings``; draw the private records anew for each.
+
+    Raises
+    ------
+    ValueError
+        If fewer records are left than ``config.private``.
+    """
     rest, test = hold_out(pairs, meanings, seed=0)
     rest, tuning = hold_out(rest, meanings, seed=1)
     if not 1 <= config.private <= len(rest):
         raise ValueError(f"private={config.private}: give 1 to {len(rest)}, the records that are left after holding out")
     drawn = random.Random(derive_seed(seed, "records")).sample(rest, config.private)
-    return _Split(drawn, tuning, test)
+    return Split(drawn, tuning, test)
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(world: str, vocabulary: int, kind: str) -> Any:
+def world_tokenizer(world: str, vocabulary: int, kind: str) -> Any:
+    """Return the tokenizer of a world's public text: ``kind`` is "bpe" or "word"; it writes lower case."""
     texts = [text for pair in public_pairs(world) for text in (source_line(pair.slots), pair.text)]
     return train_tokenizer(texts, kind=kind, vocab_size=vocabulary, lowercase=True)
 
 
-def _encode(config: WorldConfig, tokenizer: Any, pairs: Sequence[Pair]) -> list[Example]:
+def encode_records(config: WorldConfig, tokenizer: Any, pairs: Sequence[Pair]) -> list[Example]:
+    """Return source lines with their sentences, in tokens, but for those of more than ``config.max_len`` tokens."""
     examples = [encode_pair(tokenizer, source_line(pair.slots, E2E_LINE_NAMES), pair.text) for pair in pairs]
     return keep_short(examples, config.max_len)[0]
 
@@ -280,9 +289,9 @@ def pretrain(
 @functools.lru_cache(maxsize=4)
 def _pretrained_lm(config: WorldConfig) -> nn.Module:
     """Return the language model of the public text; made once for all seeds, to be copied."""
-    tokenizer = _tokenizer(config.world, config.vocabulary, "bpe")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
     model = build_lm(config, tokenizer, TUNING_SEED)
-    examples = _encode(config, tokenizer, public_pairs(config.world))
+    examples = encode_records(config, tokenizer, public_pairs(config.world))
     _pretrain_lm(config, model, examples, tokenizer)
     return model
 
@@ -295,11 +304,11 @@ def _pretrain_lm(config: WorldConfig, model: nn.Module, examples: Sequence[Examp
     )  # fmt: skip
 
 
-def _start(config: WorldConfig, start: str, seed: int) -> nn.Module:
+def starting_model(config: WorldConfig, start: str, seed: int) -> nn.Module:
     """Return a copy of the pretrained language model, or a fresh one."""
     if start == "pretrained":
         return copy.deepcopy(_pretrained_lm(config))
-    return build_lm(config, _tokenizer(config.world, config.vocabulary, "bpe"), seed)
+    return build_lm(config, world_tokenizer(config.world, config.vocabulary, "bpe"), seed)
 
 
 def _label(epsilon: float | None) -> str:
@@ -360,7 +369,7 @@ def _table_scores(config: TableConfig, model: nn.Module, tokenizer: Any, test: S
     texts = generate_texts(model, tokenizer, sources, num_beams=config.beams, max_new_tokens=config.new_tokens)
     said = list(grouped.values())
     return {
-        "nll": mean_nll(model, _encode(config, tokenizer, test), TableToTextCollator(tokenizer.pad_token_id)),
+        "nll": mean_nll(model, encode_records(config, tokenizer, test), TableToTextCollator(tokenizer.pad_token_id)),
         "bleu": bleu(texts, said),
         "rouge": rouge_l(texts, said),
         "recall": slot_scores(list(grouped), texts, _lexicon(config.world))["recall"],
@@ -368,19 +377,19 @@ def _table_scores(config: TableConfig, model: nn.Module, tokenizer: Any, test: S
 
 
 def _tune_lm(config: WorldConfig, model: nn.Module, pairs: Sequence[Pair], recipe: Recipe, seed: int) -> None:
-    tokenizer = _tokenizer(config.world, config.vocabulary, "bpe")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
     collate = TableToTextCollator(tokenizer.pad_token_id)
-    fine_tune(model, _encode(config, tokenizer, pairs), target_losses, collate, recipe, seed)
+    fine_tune(model, encode_records(config, tokenizer, pairs), target_losses, collate, recipe, seed)
 
 
 @functools.lru_cache(maxsize=64)
 def _table_choice(config: TableConfig, start: str, epsilon: float | None) -> Choice:
-    tokenizer = _tokenizer(config.world, config.vocabulary, "bpe")
-    split = _split(config, TUNING_SEED, private_pairs(config.world), config.meanings)
-    tuning = _encode(config, tokenizer, split.tuning)
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
+    split = split_records(config, TUNING_SEED, private_pairs(config.world), config.meanings)
+    tuning = encode_records(config, tokenizer, split.tuning)
 
     def score(rate: float) -> float:
-        model = _start(config, start, TUNING_SEED)
+        model = starting_model(config, start, TUNING_SEED)
         _tune_lm(config, model, split.private, config.recipe(epsilon, rate), TUNING_SEED)
         return -mean_nll(model, tuning, TableToTextCollator(tokenizer.pad_token_id))
 
@@ -395,16 +404,16 @@ def run_table(config: TableConfig, seed: int) -> dict[str, float]:
     ``public_*`` is the pretrained model as it is. A ``gain`` is what pretraining improves; for ``nll`` it is counted so
     that more is better too.
     """
-    tokenizer = _tokenizer(config.world, config.vocabulary, "bpe")
-    split = _split(config, seed, private_pairs(config.world), config.meanings)
-    public = _table_scores(config, _start(config, "pretrained", seed), tokenizer, split.test)
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
+    split = split_records(config, seed, private_pairs(config.world), config.meanings)
+    public = _table_scores(config, starting_model(config, "pretrained", seed), tokenizer, split.test)
     found = {f"public_{name}": value for name, value in public.items()}
     edges = []
     for epsilon in EPSILONS:
         scores = {}
         for start in ("pretrained", "fresh"):
             choice = _table_choice(config, start, epsilon)
-            model = _start(config, start, seed)
+            model = starting_model(config, start, seed)
             _tune_lm(config, model, split.private, config.recipe(epsilon, choice.rate), seed)
             scores[start] = _table_scores(config, model, tokenizer, split.test)
             arm = f"{start}_{_label(epsilon)}"
@@ -482,7 +491,7 @@ def _two_parts(pair: Pair) -> list[tuple[str, str]]:
 @functools.lru_cache(maxsize=2)
 def _pretrained_mlm(config: InfillingConfig) -> nn.Module:
     """Return a masked language model that has read public sentences after one of their slots, which it learnt to guess."""
-    tokenizer = _tokenizer(config.world, config.vocabulary, "word")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "word")
     draw = random.Random(derive_seed(TUNING_SEED, "slots"))
     special = {role: [getattr(tokenizer, f"{role}_token_id")] for role in ("cls", "sep")}
     rows = []
@@ -506,7 +515,7 @@ def _pretrained_mlm(config: InfillingConfig) -> nn.Module:
 
 def _classifier(config: InfillingConfig, kind: str, seed: int) -> nn.Module:
     mlm = copy.deepcopy(_pretrained_mlm(config))
-    tokenizer = _tokenizer(config.world, config.vocabulary, "word")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "word")
     if kind == "infill":
         model: nn.Module = InfillingClassifier(mlm, label_token_ids(tokenizer, _ANSWERS))
     else:
@@ -525,11 +534,11 @@ class _Questions:
 
 
 def _questions(config: InfillingConfig, seed: int, size: int) -> _Questions:
-    tokenizer = _tokenizer(config.world, config.vocabulary, "word")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "word")
     slot = _QUESTION[config.world][0]
     pairs = [pair for pair in private_pairs(config.world) if dict(_two_parts(pair)).get(slot) in _ANSWERS]
     number = max(2, len(references(pairs)) // 8)
-    split = _split(replace(config, private=size), seed, pairs, number)
+    split = split_records(replace(config, private=size), seed, pairs, number)
 
     def encoded(some: Sequence[Pair]) -> list[PromptExample]:
         return attribute_examples(config.world, tokenizer, some, config.max_len)
@@ -685,11 +694,11 @@ def run_audit(config: AuditConfig, seed: int) -> dict[str, Any]:
     ``caught`` is 1 if the training without privacy is refuted at epsilon = 3, ``accused`` the share of the private
     trainings whose lower bound exceeds their own epsilon.
     """
-    tokenizer = _tokenizer(config.world, config.vocabulary, "bpe")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
     collate = TableToTextCollator(tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(derive_seed(seed, "canaries"))
-    split = _split(config, seed, private_pairs(config.world), 20)
-    plain = _encode(config, tokenizer, split.private)
+    split = split_records(config, seed, private_pairs(config.world), 20)
+    plain = encode_records(config, tokenizer, split.private)
     start, end = [tokenizer.bos_token_id], tokenizer.eos_token_id
     drawn = make_canaries(config.canaries, config.canary_tokens, len(tokenizer), exclude=tokenizer.all_special_ids,
                           generator=generator)  # fmt: skip
@@ -699,12 +708,12 @@ def run_audit(config: AuditConfig, seed: int) -> dict[str, Any]:
     spelled = [Example.of(start, [*tokenizer(text)["input_ids"], end]) for text in candidates]
     records = [*plain, *(canary for canary, coin in zip(canaries, coins.tolist(), strict=True) if coin)]
     records += [spelled[place] for place, number in secrets for _ in range(number)]
-    test = _encode(config, tokenizer, split.test)
-    before = _all_losses(_start(config, "pretrained", seed), canaries, collate)
+    test = encode_records(config, tokenizer, split.test)
+    before = _all_losses(starting_model(config, "pretrained", seed), canaries, collate)
     found: dict[str, Any] = {"copies": [float(number) for number in config.copies]}
     for epsilon in EPSILONS:
         arm = _label(epsilon)
-        model = _start(config, "pretrained", seed)
+        model = starting_model(config, "pretrained", seed)
         rate = config.ordinary_rate if epsilon is None else config.private_rate
         recipe = config.recipe(epsilon, rate, epochs=config.audit_epochs)
         private = fine_tune(model, records, target_losses, collate, recipe, seed)
@@ -742,7 +751,7 @@ def _white_box(
     sigma, batch, too_long = 0.7, 16.0, 1.65
     found: dict[str, float] = {}
     for name, norm in (("white_box", config.clip_norm), ("broken", too_long * config.clip_norm)):
-        model = _start(config, "pretrained", seed).train()  # an engine records nothing of a model in evaluation mode
+        model = starting_model(config, "pretrained", seed).train()  # an engine records nothing of a model in evaluation mode
         device = next(model.parameters()).device
         engine = ClipEngine(model, norm)
         generator = torch.Generator(device).manual_seed(derive_seed(seed, "white box"))
@@ -853,7 +862,7 @@ def run_trap(config: TrapConfig, seed: int) -> dict[str, float]:
     keeps its promise in both arms; the claim of the whole does not: ``excess`` is the lower bound less the claim.
     """
     public, repeated, others = _trap_text(config)
-    tokenizer = _tokenizer(config.world, config.vocabulary, "bpe")
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
     collate = TableToTextCollator(tokenizer.pad_token_id)
     coins = toss_coins(len(repeated), generator=torch.Generator().manual_seed(derive_seed(seed, "coins")))
     inside = [pair for pair, coin in zip(repeated, coins.tolist(), strict=True) if coin]

@@ -206,11 +206,15 @@ def test_adam_does_not_see_the_clip_while_everything_is_clipped():
 
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e-5])
-def test_adam_damping_bounds_what_eps_changes(clip_norm):
+def test_adam_damping_is_the_size_of_what_eps_changes(clip_norm):
     damping = adam_damping(clip_norm, sigma=0.8, batch_size=64)
     assert damping == pytest.approx(1e-8 * 64 / (0.8 * clip_norm))
-    change = (train(clip_norm) / train(clip_norm, eps=0.0) - 1).abs().max()
-    assert 0.001 * damping < float(change) < damping  # the root of the mean square is at least the noise
+    exact = train(clip_norm, eps=0.0)
+    change = float((train(clip_norm) - exact).norm() / exact.norm())
+    # the signal is several times the noise here, so eps changes less; a draw near zero in the first steps, more
+    assert 0.01 * damping < change < 5 * damping
+    tenth = float((train(clip_norm, eps=1e-9) - exact).norm() / exact.norm())
+    assert change / tenth == pytest.approx(10, rel=0.1)  # first order, with a damping of up to 0.08
     assert adam_damping(0.1, 0.8, 1000, adam_epsilon=0.0) == 0.0
 
 
@@ -287,7 +291,6 @@ CHOICES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("case", CHOICES)
 def test_engine_and_optimiser_reach_what_was_chosen_and_nothing_else(case):
     build, method, options = CHOICES[case]
@@ -338,7 +341,6 @@ def test_names_of_the_chosen():
     assert "lm_head.weight" in select_parameters(gpt2(tie_word_embeddings=False), "head").names
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_a_second_choice_replaces_the_first():
     model = gpt2()
     select_parameters(model, "bias")
@@ -346,7 +348,6 @@ def test_a_second_choice_replaces_the_first():
     assert str(select_parameters(model, "bias")) == "bias: 544 of 10,752 parameters are trained (5.06 %)"
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("build", [gpt2, roberta])
 def test_low_rank_updates_begin_at_the_model_itself_and_count_as_derived(build):
     model = build().eval()
@@ -361,7 +362,6 @@ def test_low_rank_updates_begin_at_the_model_itself_and_count_as_derived(build):
         assert any("classifier" in name for name in chosen.names)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_an_optimiser_built_too_early_is_noticed():
     model = gpt2()
     optimizer = torch.optim.SGD(list(model.parameters()), lr=0.1)  # before the adapters: holds none of them
