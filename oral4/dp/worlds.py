@@ -890,7 +890,8 @@ def run_trap(config: TrapConfig, seed: int) -> dict[str, float]:
     for arm, model in models.items():
         private = fine_tune(model, records, target_losses, collate, config.recipe(config.epsilon, config.rate), seed)
         assert private is not None
-        scores[arm] = -_all_losses(model, seen, collate)
+        # an auditor asks for the sentence in both forms: after the private meaning, and as the collection has it
+        scores[arm] = -_all_losses(model, seen, collate) - _all_losses(model, known, collate)
         found[f"{arm}_nll"], found[f"{arm}_spent"] = mean_nll(model, held, collate), private.spent().epsilon
     # how easy a description is for somebody who has seen none of the repeated ones: known to an auditor, and free of coins
     model = build_lm(config, tokenizer, TUNING_SEED)
@@ -898,7 +899,8 @@ def run_trap(config: TrapConfig, seed: int) -> dict[str, float]:
     pretrain(model, encoded(public), target_losses, collate, steps=steps, batch_size=config.pretrain_batch,
              rate=config.pretrain_rate, seed=TUNING_SEED)  # fmt: skip
     fine_tune(model, encoded(more), target_losses, collate, config.recipe(config.epsilon, config.rate), TUNING_SEED)
-    plain = {"": _all_losses(model, seen, collate), "_public": _all_losses(model, known, collate)}
+    plain = {"_public": _all_losses(model, known, collate)}
+    plain[""] = plain["_public"] + _all_losses(model, seen, collate)
     pairs_of_guesses = [(number, number) for number in config.guesses]
     for arm in ("with", "without"):
         outcome = one_run_audit(scores[arm] + plain[""], coins, guesses=pairs_of_guesses, delta=config.delta)

@@ -44,7 +44,8 @@ def test_meanings_are_in_one_part_and_records_are_drawn_by_the_seed():
 
 def test_the_real_world_leaves_e2e_out_of_the_public_text(monkeypatch):
     asked = []
-    monkeypatch.setattr(worlds, "rnnlg", lambda domain, split: asked.append((domain, split)) or [Pair((), f"{domain}", "rnnlg")])
+    one = [Pair((), "public", "rnnlg")]
+    monkeypatch.setattr(worlds, "rnnlg", lambda domain, split: asked.append((domain, split)) or one)
     monkeypatch.setattr(worlds, "e2e", lambda split: pytest.fail("private text was read"))
     found = worlds.public_pairs.__wrapped__("real")
     assert len(found) == len(asked) == 12
@@ -136,8 +137,8 @@ def test_the_infilling_experiment_has_a_number_for_each_size():
 
 def test_a_training_that_memorises_is_caught_and_its_private_twin_is_not():
     config = dataclasses.replace(
-        worlds.AuditConfig.smoke(), private=60, canaries=60, canary_tokens=6, guesses=(15,), audit_epochs=40.0,
-        ordinary_rate=1e-2, white_box_runs=60,
+        worlds.AuditConfig.smoke(), private=30, canaries=50, canary_tokens=6, guesses=(15,), audit_epochs=30.0,
+        ordinary_rate=1e-2, white_box_runs=50,
     )  # fmt: skip
     found = worlds.run_audit(config, 0)
     assert set(found) == set(worlds.AUDIT_UNITS)
@@ -163,16 +164,23 @@ def test_secrets_are_different_and_each_has_its_copies():
 # ---- the trap ---------------------------------------------------------------------------------------------------
 
 
-def test_public_text_that_holds_the_private_records_refutes_the_claim_of_the_whole():
+def test_public_text_that_holds_the_private_records_refutes_the_claim_of_the_whole(monkeypatch):
+    public, repeated, others = worlds._trap_text(worlds.TrapConfig.smoke())
+    monkeypatch.setattr(worlds, "_trap_text", lambda config: (public[:40], repeated[:60:2], others))
     config = dataclasses.replace(
-        worlds.TrapConfig.smoke(), private=120, records=60, guesses=(15,), trap_epochs=0.5, pretrain_rate=1e-2
+        worlds.TrapConfig.smoke(), epsilon=0.5, private=60, guesses=(10,), trap_epochs=50.0, pretrain_rate=1e-2, rate=1e-3
     )
     found = worlds.run_trap(config, 0)
     assert set(found) == set(worlds.TRAP_UNITS)
     assert found["with_spent"] <= config.epsilon
     assert found["without_spent"] <= config.epsilon
     assert 0 < found["shared"] < 1
-    assert found["excess"] == found["with_bound"] - config.epsilon
+    # what the private training adds is as private as it says; what came before it is not
+    assert found["with_public_auc"] > 0.9
+    assert found["with_auc"] > 0.9
+    assert found["with_bound"] > config.epsilon
+    assert found["refuted"] == 1.0
+    assert found["without_bound"] <= config.epsilon
 
 
 def test_the_repeated_records_keep_their_sentence_and_change_their_form():
@@ -185,7 +193,7 @@ def test_the_repeated_records_keep_their_sentence_and_change_their_form():
 def test_the_trap_takes_the_records_that_dart_repeats(monkeypatch):
     public = [Pair((("a", "b", "c"),), f"public {i}", "dart/webnlg") for i in range(3)]
     leak = [Pair((("a", "b", "c"),), f"private {i}", "dart/e2e") for i in range(4)]
-    own = [Pair((("name", str(i)),), f"private {i}", "e2e") for i in range(6)] + [Pair((("name", "0"),), "private 0", "e2e")]
+    own = [Pair((("name", str(i)),), f"private {i}", "e2e") for i in (0, 1, 2, 3, 4, 5, 0)]
     monkeypatch.setattr(worlds, "dart_dev", lambda exclude: public + leak)
     monkeypatch.setattr(worlds, "e2e", lambda split: own if split == "dev" else [Pair((), "test", "e2e")])
     config = worlds.TrapConfig(records=4)
