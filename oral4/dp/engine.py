@@ -29,6 +29,7 @@ from oral4.dp.layers import (
     whole_problem,
 )
 from oral4.dp.norms import (
+    CHUNK,
     Dense,
     Form,
     Machine,
@@ -39,6 +40,7 @@ from oral4.dp.norms import (
     outer_norm2,
     per_example,
     slack,
+    square_sum,
     weighted,
     without,
     write_out,
@@ -256,7 +258,8 @@ class _Sweep:
         self.uses: dict[int, list[Form]] = defaultdict(list)
         self.written: dict[int, Tensor] = {}
         self.seen: dict[int, int] = defaultdict(int)
-        self.squares: list[tuple[int, Tensor]] = []
+        self.squares: dict[int, list[Tensor]] = defaultdict(list)
+        self.small: dict[tuple[int, torch.dtype], list[Tensor]] = defaultdict(list)
         self.checks: list[tuple[str, Tensor]] = []
 
     def book(self, call: Call, forms: dict[str, Form]) -> None:
@@ -281,7 +284,7 @@ class _Sweep:
             return False
         if self.plan.rules.get(slots["weight"]) != "gram" or any(self.plan.counts[slot] > 1 for slot in slots.values()):
             return False
-        self.squares.append((self.groups[slots["weight"]], outer_norm2(outer, bias=True, rule="gram")))
+        self.squares[self.groups[slots["weight"]]].append(outer_norm2(outer, bias=True, rule="gram"))
         if self.keep:
             for name, form in forms.items():
                 self.uses[slots[name]] = [self._stored(form)]
@@ -313,9 +316,14 @@ class _Sweep:
 
     def _close(self, slot: int) -> None:
         """Take the norm of a parameter whose last use has arrived."""
-        uses, rule = self.uses.pop(slot), self.plan.rules.get(slot, "auto")
-        square = outer_norm2(uses[0], rule=rule) if len(uses) == 1 and isinstance(uses[0], Outer) else norm2(uses)
-        self.squares.append((self.groups[slot], square))
+        uses, group = self.uses.pop(slot), self.groups[slot]
+        only = uses[0] if len(uses) == 1 else None
+        if isinstance(only, Outer):
+            self.squares[group].append(outer_norm2(only, rule=self.plan.rules.get(slot, "auto")))
+        elif isinstance(only, Dense) and only.grad[0].numel() <= CHUNK:  # of these there are many: all in one go, at the end
+            self.small[group, only.grad.dtype].append(only.grad.flatten(1))
+        else:
+            self.squares[group].append(norm2(uses))
         self.written.pop(slot, None)
         if self.keep:
             self.uses[slot] = [self._stored(use) for use in uses]
@@ -327,11 +335,10 @@ class _Sweep:
 
     def total(self, num_groups: int, like: Tensor) -> Tensor:
         """Return the squared norms of all groups, (B, groups)."""
-        wide = torch.float32 if like.device.type == "mps" else torch.float64
-        total = torch.zeros(num_groups, self.batch, dtype=wide, device=like.device)
-        for group, square in self.squares:
-            total[group] += square.to(total)
-        return total.T
+        for (group, _), grads in self.small.items():
+            self.squares[group].append(square_sum(torch.cat(grads, dim=1)))
+        none = [torch.zeros(self.batch, dtype=torch.float32 if like.device.type == "mps" else torch.float64, device=like.device)]
+        return torch.stack([torch.stack([x.to(none[0]) for x in self.squares[k] or none]).sum(0) for k in range(num_groups)], 1)
 
 # %% ../../nbs/dp/03_engine.ipynb #6e7474ef
 def clip_factors(norms: Tensor, bound: float | Tensor, *, automatic: float | None = None, stability: float = 0.0) -> Tensor:
