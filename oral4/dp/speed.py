@@ -42,7 +42,7 @@ CASES = {
     "distil": Case("distil", 6, 768, 12, 50257, 4, 128),
     "tiny": Case("tiny", 1, 16, 2, 64, 2, 8),
 }
-"Sizes of the comparison, and a tiny one for tests; "
+"Sizes of the comparison, and a tiny one for tests."
 
 
 def build(case: Case, *, device: str = "cpu", seed: int = 0) -> tuple[nn.Module, Tensor]:
@@ -72,7 +72,7 @@ def build(case: Case, *, device: str = "cpu", seed: int = 0) -> tuple[nn.Module,
 
 def losses_of(model: nn.Module, ids: Tensor, *, positions: bool = False) -> Tensor:
     """Return the mean loss over each example's tokens, (B,)."""
-    more = {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)} if positions else {}
+    more = {"position_ids": torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)} if positions else {}
     logits = model(input_ids=ids, **more).logits[:, :-1]
     flat = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return flat.view(len(ids), -1).mean(1)
