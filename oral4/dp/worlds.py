@@ -338,8 +338,8 @@ class TableConfig(WorldConfig):
 
     @classmethod
     def mini(cls) -> TableConfig:
-        """Take three thousand private descriptions."""
-        return cls()
+        """Take two thousand four hundred private descriptions."""
+        return cls(private=2400, epochs=5.0)
 
     @classmethod
     def gpu(cls) -> TableConfig:
@@ -813,7 +813,7 @@ class TrapConfig(WorldConfig):
     @classmethod
     def mini(cls) -> TrapConfig:
         """Take DART, and E2E of which DART holds the development set."""
-        return cls(epochs=4.0, max_len=200)
+        return cls(epochs=4.0, max_len=128, trap_epochs=10.0)
 
     @classmethod
     def gpu(cls) -> TrapConfig:
@@ -855,6 +855,45 @@ def _as_triples(pair: Pair) -> Pair:
     return Pair(tuple((name, slot.lower(), value) for slot, value in slots.items()), pair.text, "dart/e2e")
 
 
+def _trap_encoded(config: TrapConfig, pairs: Sequence[Pair]) -> list[Example]:
+    """Return examples cut at the longest length; none is left out, for every coin needs its record."""
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
+    examples = [encode_pair(tokenizer, source_line(pair.slots, E2E_LINE_NAMES), pair.text) for pair in pairs]
+    return [Example(example.input_ids[: config.max_len], example.labels[: config.max_len]) for example in examples]
+
+
+def _trap_private(config: TrapConfig, others: Sequence[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Return further private records, and what is held out of them."""
+    rest, test = hold_out(others, max(2, len(references(others)) // 10), seed=0)
+    return random.Random(derive_seed(seed, "records")).sample(rest, max(0, min(len(rest), count))), test
+
+
+def _trap_pretrain(config: TrapConfig, pairs: Sequence[Pair], seed: int) -> nn.Module:
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
+    model = build_lm(config, tokenizer, seed)
+    steps = max(1, round(config.trap_epochs * len(pairs) / config.pretrain_batch))
+    pretrain(
+        model, _trap_encoded(config, pairs), target_losses, TableToTextCollator(tokenizer.pad_token_id), steps=steps,
+        batch_size=config.pretrain_batch, rate=config.pretrain_rate, seed=seed,
+    )  # fmt: skip
+    return model
+
+
+@functools.lru_cache(maxsize=4)
+def _trap_reference(config: TrapConfig) -> dict[str, Tensor]:
+    """Return how hard the repeated records are for a model that has seen none of them: free of coins, known to an auditor."""
+    public, repeated, others = _trap_text(config)
+    tokenizer = world_tokenizer(config.world, config.vocabulary, "bpe")
+    collate = TableToTextCollator(tokenizer.pad_token_id)
+    model = _trap_pretrain(config, public, TUNING_SEED)
+    known = _all_losses(model, _trap_encoded(config, [_as_triples(pair) for pair in repeated]), collate)
+    more, _ = _trap_private(config, others, config.private, TUNING_SEED)
+    recipe = config.recipe(config.epsilon, config.rate)
+    fine_tune(model, _trap_encoded(config, more), target_losses, collate, recipe, TUNING_SEED)
+    after = [_trap_encoded(config, repeated), _trap_encoded(config, [_as_triples(pair) for pair in repeated])]
+    return {"_public": known, "": _all_losses(model, after[0], collate) + _all_losses(model, after[1], collate)}
+
+
 def run_trap(config: TrapConfig, seed: int) -> dict[str, float]:
     """Pretrain on a collection with and without private text, fine-tune privately, and audit the whole.
 
@@ -866,24 +905,16 @@ def run_trap(config: TrapConfig, seed: int) -> dict[str, float]:
     collate = TableToTextCollator(tokenizer.pad_token_id)
     coins = toss_coins(len(repeated), generator=torch.Generator().manual_seed(derive_seed(seed, "coins")))
     inside = [pair for pair, coin in zip(repeated, coins.tolist(), strict=True) if coin]
-    rest, test = hold_out(others, max(2, len(references(others)) // 10), seed=0)
-    more = random.Random(derive_seed(seed, "records")).sample(rest, max(0, min(len(rest), config.private - len(inside))))
+    more, test = _trap_private(config, others, config.private - len(inside), seed)
     collection = {"without": public, "with": public + [_as_triples(pair) for pair in inside]}
 
-    def encoded(pairs: Sequence[Pair]) -> list[Example]:
-        examples = [encode_pair(tokenizer, source_line(pair.slots, E2E_LINE_NAMES), pair.text) for pair in pairs]
-        return [Example(e.input_ids[: config.max_len], e.labels[: config.max_len]) for e in examples]
-
-    records, held, seen = encoded(inside + more), encoded(test), encoded(repeated)
-    known = encoded([_as_triples(pair) for pair in repeated])
+    records, held = _trap_encoded(config, inside + more), _trap_encoded(config, test)
+    seen, known = _trap_encoded(config, repeated), _trap_encoded(config, [_as_triples(pair) for pair in repeated])
     scores: dict[str, Tensor] = {}
     models: dict[str, nn.Module] = {}
     found: dict[str, float] = {"claimed": config.epsilon, "shared": len(inside) / len(records)}
     for arm, pairs in collection.items():
-        model = build_lm(config, tokenizer, seed)
-        steps = max(1, round(config.trap_epochs * len(pairs) / config.pretrain_batch))
-        pretrain(model, encoded(pairs), target_losses, collate, steps=steps, batch_size=config.pretrain_batch,
-                 rate=config.pretrain_rate, seed=seed)  # fmt: skip
+        model = _trap_pretrain(config, pairs, seed)
         found[f"{arm}_public_nll"] = mean_nll(model, held, collate)
         scores[f"{arm}_public"] = -_all_losses(model, known, collate)
         models[arm] = model
@@ -893,14 +924,7 @@ def run_trap(config: TrapConfig, seed: int) -> dict[str, float]:
         # an auditor asks for the sentence in both forms: after the private meaning, and as the collection has it
         scores[arm] = -_all_losses(model, seen, collate) - _all_losses(model, known, collate)
         found[f"{arm}_nll"], found[f"{arm}_spent"] = mean_nll(model, held, collate), private.spent().epsilon
-    # how easy a description is for somebody who has seen none of the repeated ones: known to an auditor, and free of coins
-    model = build_lm(config, tokenizer, TUNING_SEED)
-    steps = max(1, round(config.trap_epochs * len(public) / config.pretrain_batch))
-    pretrain(model, encoded(public), target_losses, collate, steps=steps, batch_size=config.pretrain_batch,
-             rate=config.pretrain_rate, seed=TUNING_SEED)  # fmt: skip
-    fine_tune(model, encoded(more), target_losses, collate, config.recipe(config.epsilon, config.rate), TUNING_SEED)
-    plain = {"_public": _all_losses(model, known, collate)}
-    plain[""] = plain["_public"] + _all_losses(model, seen, collate)
+    plain = _trap_reference(config)
     pairs_of_guesses = [(number, number) for number in config.guesses]
     for arm in ("with", "without"):
         outcome = one_run_audit(scores[arm] + plain[""], coins, guesses=pairs_of_guesses, delta=config.delta)

@@ -168,9 +168,12 @@ def test_public_text_that_holds_the_private_records_refutes_the_claim_of_the_who
     public, repeated, others = worlds._trap_text(worlds.TrapConfig.smoke())
     monkeypatch.setattr(worlds, "_trap_text", lambda config: (public[:40], repeated[:60:2], others))
     config = dataclasses.replace(
-        worlds.TrapConfig.smoke(), epsilon=0.5, private=60, guesses=(10,), trap_epochs=50.0, pretrain_rate=1e-2, rate=1e-3
-    )
+        worlds.TrapConfig.smoke(), epsilon=0.5, private=60, guesses=(10,), trap_epochs=50.0, pretrain_rate=1e-2,
+        rate=1e-3,
+    )  # fmt: skip
+    worlds._trap_reference.cache_clear()
     found = worlds.run_trap(config, 0)
+    worlds._trap_reference.cache_clear()  # its text is that of this test
     assert set(found) == set(worlds.TRAP_UNITS)
     assert found["with_spent"] <= config.epsilon
     assert found["without_spent"] <= config.epsilon
