@@ -26,6 +26,8 @@ CHAPTER_COMMANDS = {
     "pyramid": ("oral4.pyraformer.cli", "pyramid", "Plan a pyramid for a series of a given length."),
     "convert": ("oral4.diffvc.cli", "convert", "Say one recording's words in another recording's voice."),
     "forecast": ("oral4.pyraformer.cli", "forecast_app", "Forecast a table, beside a seasonal naive forecast."),
+    "privacy": ("oral4.dp.cli", "privacy_app", "Count, choose, audit and time differential privacy."),
+    "finetune-private": ("oral4.dp.cli", "finetune_private", "Fine-tune a language model under differential privacy."),
 }
 """Name to module, function or Typer app in it, and the line of help that stands for it until it is called."""
 
