@@ -10,15 +10,17 @@ import dataclasses
 import hashlib
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ..errors import CheckpointError, OralError
 from ..train.randomness import derive_seed
@@ -158,11 +160,15 @@ class Chunk(list[int]):
         Which piece of the logical batch this is.
     last : bool
         Whether it is the last one.
+    rate : float
+        The sampling rate of the coins that drew it.
     """
 
-    def __init__(self, indices: Sequence[int] = (), *, step: int = 0, piece: int = 0, last: bool = True):
+    def __init__(
+        self, indices: Sequence[int] = (), *, step: int = 0, piece: int = 0, last: bool = True, rate: float = math.nan
+    ):
         super().__init__(indices)
-        self.step, self.piece, self.last = step, piece, last
+        self.step, self.piece, self.last, self.rate = step, piece, last, rate
 
     def __repr__(self) -> str:
         return f"Chunk({list(self)}, step={self.step}, piece={self.piece}, last={self.last})"
@@ -183,7 +189,7 @@ class PoissonSampler(Sampler[list[int]]):
     num_examples : int, >= 1
         Records in the data set, N.
     rate : float, in (0, 1]
-        Sampling rate q, the expected batch size over N.
+        Sampling rate q, the expected batch size over N. May be set anew between steps, unless batches are cut.
     steps : int, >= 1
         Logical batches in all.
     max_physical : int, >= 1, optional
@@ -241,8 +247,6 @@ class PoissonSampler(Sampler[list[int]]):
         _require_whole("num_processes", num_processes)
         if max_physical is not None:
             _require_whole("max_physical", max_physical)
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate={rate}: a sampling rate lies in (0, 1]; it is the expected batch size over N")
         if not 0 <= rank < num_processes:
             raise ValueError(f"{rank=} of {num_processes=}: give 0 to num_processes - 1")
         if lengths is not None and len(lengths) != num_examples:
@@ -257,12 +261,26 @@ class PoissonSampler(Sampler[list[int]]):
                 )
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(f"generator is on {generator.device}; the coins are flipped on the CPU")
-        self.num_examples, self.rate, self.steps, self.max_physical = num_examples, float(rate), steps, max_physical
+        self.num_examples, self.steps, self.max_physical, self.max_batch = num_examples, steps, max_physical, None
+        self.rate, self.max_batch = rate, max_batch
         self.is_secret = generator is None if is_secret is None else is_secret
         self.generator = secure_generator() if generator is None else generator
         self.lengths = None if lengths is None else torch.as_tensor(lengths, dtype=torch.float64)
-        self.num_processes, self.rank, self.equal_chunks, self.max_batch = num_processes, rank, equal_chunks, max_batch
+        self.num_processes, self.rank, self.equal_chunks = num_processes, rank, equal_chunks
         self.step = 0
+
+    @property
+    def rate(self) -> float:
+        """Sampling rate q."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate={rate}: a sampling rate lies in (0, 1]; it is the expected batch size over N")
+        if self.max_batch is not None:
+            raise ValueError(f"rate={rate}: it cannot change where batches are cut, max_batch={self.max_batch} was paid for one rate")
+        self._rate = float(rate)
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the pieces of the logical batches that are left."""
@@ -279,7 +297,7 @@ class PoissonSampler(Sampler[list[int]]):
                 count = max(1, math.ceil(largest / size))
             for piece in range(count):
                 indices = own[piece * size : (piece + 1) * size].tolist()
-                yield Chunk(indices, step=step, piece=piece, last=piece + 1 == count)
+                yield Chunk(indices, step=step, piece=piece, last=piece + 1 == count, rate=self.rate)
 
     def _draw(self) -> Tensor:
         batch = flip_coins(self.num_examples, self.rate, self.generator)
@@ -298,16 +316,30 @@ class PoissonSampler(Sampler[list[int]]):
         if self.max_batch is None:
             return 0.0
         tail = _binomial_tail(self.num_examples + 1, self.rate, self.max_batch)
-        return self.steps * tail * (1 + math.exp(epsilon)) if epsilon < 700 else math.inf
+        return max(self.steps, self.step) * tail * (1 + math.exp(epsilon)) if epsilon < 700 else math.inf
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the sampler stands. Random numbers that nobody may know are not part of it."""
-        return {"step": self.step, "generator": None if self.is_secret else self.generator.get_state()}
+    def mark(self) -> dict[str, Any]:
+        """Return the place to `return_to`, with the state of the coins: for this process alone, never for a file."""
+        return {"step": self.step, "generator": self.generator.get_state()}
+
+    def return_to(self, mark: Mapping[str, Any]) -> None:
+        """Draw again, exactly, what was drawn since a `mark`: who could draw anew would choose among batches."""
+        self.step = int(mark["step"])
+        self.generator.set_state(mark["generator"])
+
+    def state_dict(self, mark: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return where the sampler stands, or stood. Random numbers that nobody may know are not part of it."""
+        place = dict(mark or self.mark())
+        cut = None if self.max_batch is None else [self.max_batch, self.rate]
+        return {"step": place["step"], "generator": None if self.is_secret else place["generator"], "cut": cut}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. A sampler with secret coins flips new ones: steps are independent, so nothing is lost."""
         if (state["generator"] is None) != self.is_secret:
             raise CheckpointError(_SEED_MISMATCH)
+        cut = None if self.max_batch is None else [self.max_batch, self.rate]
+        if state.get("cut") != cut:
+            raise CheckpointError(f"batches were cut by (max_batch, rate) = {state['cut']}, and are by {cut}: delta pays for one")
         self.step = int(state["step"])
         if state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
@@ -320,7 +352,7 @@ _SEED_MISMATCH = (
 
 
 def _require_whole(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r}: give a whole number >= {least}")
 
 
@@ -364,11 +396,28 @@ def _without_rows(batch: Any) -> Any:
     return batch[:0] if isinstance(batch, Tensor) and batch.dim() else batch
 
 # %% ../../nbs/dp/03_private.ipynb #5b1855ac
+def _size_of(dataset: Any) -> int:
+    """Return the number of records N of data that can be sampled."""
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"a {type(dataset).__name__} of columns: its length is the number of columns, not of records. Give a list of "
+            "records, or a map-style data set such as datasets.Dataset.from_dict(columns)"
+        )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"a {type(dataset).__name__} has no length or no dataset[index]. The guarantee depends on N, and every record "
+            "needs a coin of its own in every step, so a stream cannot be sampled; read it into a list or a map-style data set"
+        )
+    if len(dataset) < 1:
+        raise ValueError("the data set is empty")
+    return len(dataset)
+
+
 class PoissonLoader:
     """Batches of a data set, one for each piece that a `PoissonSampler` draws.
 
     Going through it ends after the last logical batch. Going through it again goes on after the last one that was
-    completed. `place` says what the batch at hand is.
+    completed, with the very batch that was broken off. `place` says what the batch at hand is.
 
     An empty piece comes as a batch of the same form with no rows, or as a ``placeholder``.
 
@@ -403,11 +452,7 @@ class PoissonLoader:
         placeholder: bool = False,
         **options: Any,
     ):
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"a {type(dataset).__name__} has no length or no dataset[index]. Every record needs a coin of its own "
-                "in every step, so a stream cannot be sampled; read it into a list or a map-style data set first"
-            )
+        _size_of(dataset)
         if len(dataset) != sampler.num_examples:
             raise ValueError(f"the data set has {len(dataset)} records, the sampler {sampler.num_examples}")
         taken = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & options.keys())
@@ -416,9 +461,10 @@ class PoissonLoader:
         self.dataset, self.sampler, self.device, self.placeholder = dataset, sampler, device, placeholder
         self._place: Chunk | None = None
         self._feed: deque[tuple[Chunk, dict[str, Any] | None]] = deque()
-        self._completed = sampler.state_dict()
+        self._completed = sampler.mark()
         self._after: dict[str, Any] | None = None
         self._empty: Any = None
+        self._waits = False  # whether only `complete` ends a logical batch
         self._loader = DataLoader(dataset, batch_sampler=_Feed(self), collate_fn=collate_fn, **options)
 
     @property
@@ -434,17 +480,19 @@ class PoissonLoader:
     def __iter__(self) -> Iterator[Any]:
         self._feed.clear()
         self._after = None
-        self.sampler.load_state_dict(self._completed)  # what workers fetched in advance has not been used
+        self.sampler.return_to(self._completed)  # what workers fetched in advance has not been used
         for batch in self._loader:
             while not self._feed[0][0]:  # empty pieces do not go through the data set
                 yield self._deliver(self._empty_batch())
             yield self._deliver(batch)
         while self._feed:
             yield self._deliver(self._empty_batch())
-        self.complete()
+        if not self._waits:
+            self.complete()
 
     def _deliver(self, batch: Any) -> Any:
-        self.complete()  # who asks for the next piece is done with the last one
+        if not self._waits:
+            self.complete()  # who asks for the next piece is done with the last one
         self._place, self._after = self._feed.popleft()
         return batch if self.device is None else _map_tensors(batch, self._move)
 
@@ -464,12 +512,12 @@ class PoissonLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last logical batch that was completed."""
-        return dict(self._completed)
+        return self.sampler.state_dict(self._completed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the logical batches of a state."""
         self.sampler.load_state_dict(state)
-        self._completed = self.sampler.state_dict()
+        self._completed = self.sampler.mark()
 
 
 class _Feed:
@@ -481,7 +529,7 @@ class _Feed:
     def __iter__(self) -> Iterator[list[int]]:
         sampler = self.owner.sampler
         for chunk in sampler:
-            self.owner._feed.append((chunk, sampler.state_dict() if chunk.last else None))
+            self.owner._feed.append((chunk, sampler.mark() if chunk.last else None))
             if chunk:
                 yield list(chunk)
 
@@ -898,6 +946,10 @@ class DPOptimizer(_OptimizerView):
             raise ValueError("an accountant needs sampling_rate, the probability with which a record is in a batch")
         if target_epsilon is not None and (accountant is None or delta is None):
             raise ValueError("target_epsilon needs accountant and delta: a budget is both numbers, and somebody counts")
+        if target_epsilon is not None and not 0 < target_epsilon < math.inf:
+            raise ValueError(f"target_epsilon={target_epsilon}: a budget is a finite number > 0")
+        if method not in ("pld", "rdp"):
+            raise ValueError(f"method={method!r} gives no guarantee that a budget could rest on; give 'pld' or 'rdp'")
         _require_whole("draws", draws)
         super().__init__(optimizer)
         self.engine, self.accountant, self.record, self.steps = engine, accountant, record, 0
@@ -909,6 +961,8 @@ class DPOptimizer(_OptimizerView):
         self.budget = None if accountant is None else _Budget(accountant, target_epsilon, delta, method, planned_steps)
         self.noise = _NoiseSource(generator, draws, process_group)
         self._skip_next = self._keep_gradient = self._released = False
+        self._bound = 0.0  # largest sensitivity among the pieces of the logical batch at hand
+        self._buffers: dict[str, tuple[int, int]] | None = None  # identity and version of what the model keeps, after a step
         self._rows: list[Tensor] = []  # one a step
         self._counts: list[Tensor] = []  # clipped and all records, one a piece of the logical batch at hand
         if any(_is_split(parameter) for parameter in _trained_parameters(optimizer, engine.model)):
@@ -918,6 +972,7 @@ class DPOptimizer(_OptimizerView):
                     "'adaptive' nor 'per_example'"
                 )
             engine.sink = _receive
+        optimizer.zero_grad()  # a gradient from before would join the first private sum, unclipped
 
     def __repr__(self) -> str:
         return (
@@ -946,6 +1001,7 @@ class DPOptimizer(_OptimizerView):
         if self._released:
             raise RuntimeError("the gradient of the last step is still there: call zero_grad() before the next batch")
         _reshard(self.engine.model)
+        self._bound = max(self._bound, self.engine.sensitivity)  # whoever lowers C now does not lower this noise
         stats = self.engine.backward(losses)
         if self.record:
             clipped = (stats.norms > self.engine.sensitivity).sum().float()
@@ -965,7 +1021,7 @@ class DPOptimizer(_OptimizerView):
         self._counts.clear()
         if self.engine.clipping == "adaptive":
             self.engine.take_count()
-        self._released = False
+        self._bound, self._released = 0.0, False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -974,7 +1030,7 @@ class DPOptimizer(_OptimizerView):
         Raises
         ------
         BudgetExceeded
-            If the step would exceed the target. Nothing has changed then.
+            If the step would exceed the target. Weights and account have not changed then; the sum waits for `zero_grad`.
         RuntimeError
             If `zero_grad` was not called since the last step.
         ValueError
@@ -989,16 +1045,34 @@ class DPOptimizer(_OptimizerView):
             raise RuntimeError("the gradient of the last step is still there: call this optimizer's zero_grad() in between")
         parameters = _trained_parameters(self.optimizer, self.engine.model)
         self.noise.require_own_stream()
+        self._released = True  # whatever happens now, the next batch must not be added to this one
         if self.budget is not None:  # before the noise is drawn: an interruption then costs too much, not too little
             self.budget.charge(self.sampling_rate, self.charged_sigma, self.steps)
         self._release(parameters)
-        self._released = True
         self.steps += 1
         self.optimizer.step()
+        self._watch_buffers()
+
+    def _watch_buffers(self) -> None:
+        """Warn of buffers that change while the model trains: statistics of private records have neither clipping nor noise."""
+        found = {}
+        for path, module in self.engine.model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[f"{path}.{name}" if path else name] = (id(buffer), buffer._version)
+        changed = [name for name, state in found.items() if self._buffers is not None and self._buffers.get(name) != state]
+        if changed:
+            warnings.warn(
+                f"the buffer {changed[0]} changes while the model trains: if its values come from private records, they are "
+                f"part of the weights without clipping or noise, and no accountant knows ({len(changed)} such buffers)",
+                stacklevel=3,
+            )
+        self._buffers = found
 
     def _release(self, parameters: list[nn.Parameter]) -> None:
         """Replace the clipped sums by their noised means, summed over all processes."""
-        std, scale = self.noise_multiplier * self.engine.sensitivity, 1 / self.expected_batch_size
+        std = self.noise_multiplier * max(self._bound, self.engine.sensitivity)
+        scale = 1 / self.expected_batch_size
         source, pending = self.noise, []
         norms: list[tuple[Tensor, Tensor]] | None = [] if self.record else None
         for parameter in parameters:
@@ -1081,7 +1155,7 @@ class DPOptimizer(_OptimizerView):
         self.optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != "privacy"})
         if self.accountant is not None:
             self.accountant.load_state_dict(privacy["accountant"])
-        self.steps = int(privacy["steps"])
+        self.steps, self._buffers = int(privacy["steps"]), None
 
 # %% ../../nbs/dp/03_private.ipynb #202d9c03
 class Private:
@@ -1112,9 +1186,14 @@ class Private:
     ):
         self.loader, self.optimizer, self.engine, self.accountant = loader, optimizer, engine, accountant
         self.delta, self.method, self.seed = delta, method, seed
-        self._used: Chunk | None = None  # the piece that was stepped last
+        loader._waits = True  # a batch without a step is given again
+        self._used = self._before()  # the piece that was stepped last
 
-    def step(self, losses: Tensor | None) -> bool:
+    def _before(self) -> Chunk:
+        """Return the end of the last logical batch that was completed."""
+        return Chunk(step=self.loader.state_dict()["step"] - 1)
+
+    def step(self, losses: Tensor | None, *, between: Callable[[], None] | None = None) -> bool:
         """Use the losses of the batch that the loader gave last; return whether this ended a logical batch.
 
         Parameters
@@ -1122,6 +1201,9 @@ class Private:
         losses : Tensor, shape (records in the piece,), or None
             One loss for each record, not reduced. A piece without records comes with one row, whose loss is not used;
             None is allowed then, unless weights are split.
+        between : callable, optional
+            Called at the end of a logical batch, when the clipped gradients are in ``.grad`` and before noise is added: to
+            project them, for example. It must not make anyone's gradient longer, and what it learns is not accounted for.
 
         Returns
         -------
@@ -1133,17 +1215,23 @@ class Private:
         BudgetExceeded
             If the budget does not cover this step.
         RuntimeError
-            If the piece was used already, or one before it was left out.
+            If the piece was used already, one before it was left out, or its coins had another rate than is accounted.
         ValueError
             If there is not one loss for each record.
         """
         place, used = self.loader.place, self._used
         if place is None or place is used:
             raise RuntimeError("there is no new batch: go through the loader, and call step once for each of its batches")
-        if used is not None and (place.step, place.piece) not in _successors(used):
+        if (place.step, place.piece) not in _successors(used):
             raise RuntimeError(
                 f"batch {place.piece} of step {place.step} came after batch {used.piece} of step {used.step}: one in between "
-                "was never used. Leaving records out by what they hold breaks the sampling; call step for every batch"
+                "was never used, or not to its end. Leaving records out by what they hold breaks the sampling; call step for "
+                "every batch, or begin a new loop over the loader, which gives the same batch again"
+            )
+        if place.rate != self.optimizer.sampling_rate:
+            raise RuntimeError(
+                f"this batch was drawn with the rate {place.rate:.6g}, and the accountant would be told "
+                f"{self.optimizer.sampling_rate:.6g}; set loader.sampler.rate and optimizer.sampling_rate, between two loops"
             )
         rows = len(place) or int(self.loader.placeholder)
         if losses is not None and losses.shape != (rows,):
@@ -1154,19 +1242,27 @@ class Private:
         must_run = self.loader.sampler.equal_chunks  # all processes run the same layers equally often
         if losses is None and (place or must_run):
             raise ValueError(f"losses is None, but this batch has {rows} rows")
-        if used is not None and not used.last and place.piece == 0:
+        if not used.last and place.piece == 0:
             self.optimizer.zero_grad()  # what is left of a logical batch that was abandoned
-        if place:
-            assert losses is not None
-            self.optimizer.backward(losses)
-        elif must_run:
-            assert losses is not None
-            _reshard(self.engine.model)
-            self.engine.backward(losses * 0)  # nothing is added, and nobody is counted
+        try:
+            if place:
+                assert losses is not None
+                self.optimizer.backward(losses)
+            elif must_run:
+                assert losses is not None
+                _reshard(self.engine.model)
+                self.engine.backward(losses * 0)  # nothing is added, and nobody is counted
+            if place.last:
+                if between is not None:
+                    between()
+                self.optimizer.step()
+        except BaseException:  # records that were added already must not be added again by another try
+            self.optimizer.zero_grad()
+            self._used = self._before()
+            raise
         self._used = place
         if not place.last:
             return False
-        self.optimizer.step()
         self.optimizer.zero_grad()
         self.loader.complete()
         return True
@@ -1188,8 +1284,9 @@ class Private:
         spent, optimizer, sampler = self.spent(), self.optimizer, self.loader.sampler
         budget = None if optimizer.budget is None else optimizer.budget.target
         target = "" if budget is None else f" of {budget:.4g}"
+        shown = math.ceil(1000 * spent.epsilon) / 1000 if spent.epsilon < math.inf else math.inf  # a bound, rounded upwards
         rows = {
-            "spent": f"epsilon = {spent.epsilon:.4g}{target} at delta = {self.delta:.3g}",
+            "spent": f"epsilon = {shown:g}{target} at delta = {self.delta:.3g}",
             "accountant": f"{self.method}, {spent.neighbours}",
             "record": f"one of the N = {sampler.num_examples:,} entries of the data set",
             "sampler": spent.sampler,
@@ -1207,7 +1304,7 @@ class Private:
 
         Two runs that go on from one state are two releases: their budgets add up, and no accountant here sees both.
         """
-        if self._used is not None and not self._used.last:
+        if not self._used.last:
             raise RuntimeError("this is the middle of a logical batch; save after a step that returned True")
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -1234,7 +1331,7 @@ class Private:
         self.loader.load_state_dict(state["sampler"])
         self.engine.load_state_dict(state["engine"])
         self.optimizer.zero_grad()
-        self._used = None
+        self._used = self._before()
 
 
 def _successors(used: Chunk) -> list[tuple[int, int]]:
@@ -1283,7 +1380,8 @@ def make_private(
 ) -> Private:
     """Return all that a private training needs: loader, optimizer, clipping engine and accountant.
 
-    Under ``torchrun`` or ``accelerate launch`` every process calls it; the weights of process 0 are taken. A model in
+    Under ``torchrun`` or ``accelerate launch`` every process calls it with the same arguments and the whole data set, in one
+    order: the records of its share are drawn here. The weights of process 0 are taken. A model in
     ``DistributedDataParallel`` is unwrapped, since its own exchange of gradients knows nothing of clipping; one split by
     ``fully_shard`` stays split.
 
@@ -1319,7 +1417,7 @@ def make_private(
     method : str
         "pld" or "rdp".
     accountant : Accountant, optional
-        One that has counted other uses of the same data already; sigma is then to be given, not chosen.
+        One that has counted other uses of the same N records already; sigma is then to be given, not chosen.
     record, draws, count_noise_multiplier
         See `DPOptimizer`.
     loader_options : dict, optional
@@ -1356,6 +1454,8 @@ def make_private(
         raise ValueError("give epsilon, the budget, or noise_multiplier, the noise, or both")
     if epsilon is not None and not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon}: a budget is a finite number > 0; for a run without noise see noise_multiplier")
+    if accountant is not None and accountant.num_examples not in (None, size):
+        raise ValueError(f"the accountant counts for {accountant.num_examples} records, the data set has {size}; give one of its own")
     if secure and seed is not None:
         raise ValueError(f"secure noise comes from the operating system; {seed=} would make it known. Leave one of them out")
     if secure is False and seed is None:
@@ -1364,6 +1464,10 @@ def make_private(
         model.require_backward_grad_sync = False  # its hooks would wait for gradients that autograd never makes
         model = model.module
     processes = _Processes()
+    processes.require_agreement(
+        {"N": size, "batch_size": batch_size, "steps": steps, "epsilon": epsilon, "noise_multiplier": noise_multiplier,
+         "delta": delta, "clip_norm": clip_norm, "max_batch": max_batch, "seed": seed, "method": method, "draws": draws}
+    )  # fmt: skip
     split = any(_is_split(parameter) for parameter in model.parameters())
     sampler = PoissonSampler(
         size,
@@ -1379,13 +1483,13 @@ def make_private(
         truncation_accounted=True,
         is_secret=seed is None,
     )
+    left = delta if epsilon is None else delta - sampler.truncation_delta(epsilon)
+    if left <= 0:
+        raise ValueError(f"{max_batch=} is cut so often that it alone costs more than delta = {delta:.3g}; take a larger one")
     if noise_multiplier is None:
         assert epsilon is not None
         if accountant is not None:
             raise ValueError("sigma is chosen for a run that begins at zero; with an accountant give noise_multiplier as well")
-        left = delta - sampler.truncation_delta(epsilon)
-        if left <= 0:
-            raise ValueError(f"{max_batch=} is cut so often that it alone costs more than delta = {delta:.3g}; take a larger one")
         noise_multiplier = calibrate_sigma(epsilon, left, sampler.rate, steps, method=method)
         if engine_options.get("clipping") == "adaptive":
             count_noise_multiplier = batch_size / 10 if count_noise_multiplier is None else count_noise_multiplier
@@ -1403,7 +1507,7 @@ def make_private(
         processes.noise(seed, model),
         sampling_rate=sampler.rate,
         target_epsilon=epsilon,
-        delta=delta if epsilon is None else delta - sampler.truncation_delta(epsilon),
+        delta=left,
         method=method,
         planned_steps=steps,
         count_noise_multiplier=count_noise_multiplier,
@@ -1426,17 +1530,6 @@ def _without_count(total: float, count: float) -> float:
     return (total**-2 - count**-2) ** -0.5 * (1 + 1e-12)  # rounding must not fall on the wrong side
 
 
-def _size_of(dataset: Any) -> int:
-    try:
-        size = len(dataset)
-    except TypeError:
-        raise TypeError(
-            f"a {type(dataset).__name__} has no length, and the guarantee depends on N. Read the stream into a list or a "
-            "map-style data set"
-        ) from None
-    if size < 1:
-        raise ValueError("the data set is empty")
-    return size
 
 
 def _steps(size: int, batch_size: float, epochs: float | None, steps: int | None) -> int:
@@ -1456,6 +1549,17 @@ class _Processes:
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.count, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+
+    def require_agreement(self, settings: Mapping[str, Any]) -> None:
+        """Refuse processes that were given different numbers: each trusts the others to add their share of the noise."""
+        if self.count == 1:
+            return
+        everyone: list[Any] = [None] * self.count
+        dist.all_gather_object(everyone, settings)
+        for name in settings:
+            if any(other[name] != settings[name] for other in everyone):
+                values = ", ".join(repr(other[name]) for other in everyone)
+                raise ValueError(f"the processes differ in {name}: {values}. Give all of them the same data and arguments")
 
     def coins(self, seed: int | None) -> torch.Generator:
         """Return a generator in the same state on all processes."""

@@ -174,8 +174,7 @@ def fine_tune(
         try:
             for batch in private.loader:
                 found = losses(model, batch)
-                ended = private.step(found) if between is None else _step(private, found, trained, between)
-                if ended:
+                if private.step(found, between=None if between is None else lambda: between(trained)):
                     scheduler.step()
                     if after_step is not None:
                         after_step(private.optimizer.steps)
@@ -193,23 +192,6 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
             is_head = recipe.head_rate is not None and "head" in name.split(".")
             groups.setdefault(recipe.head_rate if is_head else recipe.learning_rate, []).append(parameter)  # type: ignore[arg-type]
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-
-
-def _step(
-    private: Private, losses: Tensor, trained: Sequence[nn.Parameter], between: Callable[[Sequence[nn.Parameter]], None]
-) -> bool:
-    """Do what `Private.step` does, with something in between clipping and noise."""
-    place = private.loader.place
-    assert place is not None
-    if place:
-        private.optimizer.backward(losses)
-    if not place.last:
-        return False
-    between(trained)
-    private.optimizer.step()
-    private.optimizer.zero_grad()
-    private.loader.complete()
-    return True
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> Any:

@@ -120,6 +120,20 @@ train(private, model)
 report("adaptive", {"clip_norm": private.engine.clip_norm, "weights": flat(model),
                     "segments": [[s.q, s.sigma, s.steps] for s in private.accountant.segments]})
 
+model = build()
+private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), DATA, **settings(batch_size=0.9, steps=8))
+report("empty", {"pieces": train(private, model), "weights": flat(model), "steps": private.optimizer.steps})
+
+sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+try:  # a share of the noise that is too small
+    make_private(model, sgd, DATA, **settings(noise_multiplier=1.0 - 0.5 * rank))
+except ValueError as error:
+    report("disagree", str(error))
+try:  # a data set that was split already
+    make_private(model, sgd, DATA[: 30 + rank], **settings())
+except ValueError as error:
+    report("apart", str(error))
+
 # one noise stream for both processes would count one noise twice
 from oral4.dp.engine import ClipEngine
 from oral4.dp.private import DPOptimizer
@@ -316,6 +330,25 @@ def test_accelerate_saw_two_processes(ddp):
     for report in reports(ddp, "accelerate"):
         assert (report["kind"], report["optimizer"]) == ("DistributedDataParallel", "AcceleratedOptimizer")
         assert report["processes"] == 2
+
+
+def test_empty_batches_are_steps_with_noise(ddp):
+    found = reports(ddp, "empty")
+    coins = seeded(derive_seed(0, "coins"))
+    sizes = [len(flip_coins(60, 0.9 / 60, coins)) for _ in range(8)]
+    assert 0 in sizes and max(sizes) > 0
+    weights = by_hand(steps=8, batch_size=0.9)[0]
+    for report in found:
+        assert report["steps"] == report["pieces"] == 8
+        torch.testing.assert_close(torch.tensor(report["weights"], dtype=torch.float64), weights, rtol=0, atol=1e-12)
+
+
+def test_processes_with_different_numbers_are_refused(ddp):
+    """Each adds its share of the noise, and trusts the others to add theirs."""
+    for report in reports(ddp, "disagree"):
+        assert "the processes differ in noise_multiplier: 1.0, 0.5" in report
+    for report in reports(ddp, "apart"):
+        assert "the processes differ in N: 30, 31" in report
 
 
 @pytest.mark.parametrize("key", ["seeded", "secret"])

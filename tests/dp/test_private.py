@@ -159,7 +159,7 @@ def test_a_sampler_goes_on_where_it_stood():
 
 def test_secret_coins_are_not_saved():
     one, two = (PoissonSampler(400, 0.2, 6) for _ in range(2))
-    assert one.state_dict() == {"step": 0, "generator": None}
+    assert one.state_dict() == {"step": 0, "generator": None, "cut": None}
     assert [list(c) for c in one] != [list(c) for c in two]
     two.load_state_dict({"step": 4, "generator": None})
     assert [chunk.step for chunk in two] == [4, 5]
@@ -167,6 +167,34 @@ def test_secret_coins_are_not_saved():
         two.load_state_dict(sampler_of().state_dict())
     with pytest.raises(CheckpointError, match="fixed seed"):
         sampler_of().load_state_dict(two.state_dict())
+
+
+def test_a_rate_may_change_where_nothing_is_cut():
+    sampler = sampler_of(steps=6)
+    pieces = iter(sampler)
+    assert [next(pieces).rate for _ in range(2)] == [0.1, 0.1]
+    sampler.rate = 0.7
+    rest = list(pieces)
+    assert [piece.rate for piece in rest] == [0.7] * 4
+    # 400 coins of probability 0.7 against 0.1: 280 +- 9 or 40 +- 6
+    assert 240 < sum(map(len, rest)) < 320
+    with pytest.raises(ValueError, match=r"rate=1.5: a sampling rate lies in \(0, 1\]"):
+        sampler.rate = 1.5
+    with pytest.raises(ValueError, match="cannot change where batches are cut, max_batch=12"):
+        sampler_of(max_batch=12, truncation_accounted=True).rate = 0.2
+
+
+def test_cut_batches_are_resumed_as_cut():
+    """Else the part of delta that the first half used up would be forgotten."""
+    cut, plain = sampler_of(max_batch=12, truncation_accounted=True), sampler_of()
+    sampler_of(max_batch=12, truncation_accounted=True).load_state_dict(cut.state_dict())
+    for one, other in ((cut, plain), (plain, cut)):
+        with pytest.raises(CheckpointError, match=r"batches were cut by \(max_batch, rate\)"):
+            one.load_state_dict(other.state_dict())
+    short = sampler_of(steps=3, max_batch=12, truncation_accounted=True)
+    short.load_state_dict({**cut.state_dict(), "step": 9})
+    # a run of 9 steps that shall have 3 pays for 9
+    assert short.truncation_delta(1.0) == pytest.approx(cut.truncation_delta(1.0) * 9 / 20, rel=1e-12)
 
 
 def test_cut_batches_need_an_accountant_that_knows():
@@ -322,7 +350,28 @@ def test_loader_goes_on_after_the_last_complete_batch():
     assert steps == list(range(2, 20)) and dict(seen) == logical(sampler_of())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_that_was_broken_off_is_not_drawn_anew(workers):
+    """Who could draw again until a batch suits him would not sample. The coins are secret; this process keeps them."""
+    loader = PoissonLoader(Rows(100), PoissonSampler(100, 0.3, 3), num_workers=workers)
+    first = [index.tolist() for _, index in itertools.islice(loader, 1)]
+    again = [index.tolist() for _, index in loader]
+    assert again[0] == first[0] and len(again) == 3
+    assert loader.state_dict()["generator"] is None
+
+
 def test_loaders_refuse():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 100
+
+        def __iter__(self):
+            return iter(range(100))
+
+    columns = {"x": list(range(100)), "y": list(range(100))}
+    for data, message in ((Stream(), "a stream cannot be sampled"), (columns, "number of columns, not of records")):
+        with pytest.raises(TypeError, match=message):
+            PoissonLoader(data, sampler_of())
     with pytest.raises(TypeError, match="a generator has no length"):
         PoissonLoader((row for row in range(3)), sampler_of())
     with pytest.raises(ValueError, match="the data set has 7 records, the sampler 100"):
@@ -457,6 +506,56 @@ def test_noise_has_the_promised_size_and_no_two_parameters_share_it():
     for values in (a, b):
         assert abs(values.var() - 1) < 5 * math.sqrt(2 / count) and abs(values.mean()) < 5 / math.sqrt(count)
     assert abs((a * b).mean()) < 5 / math.sqrt(count)
+
+
+def test_a_gradient_from_before_is_not_released():
+    """It is neither clipped nor noised: of a warm-up without privacy, for example."""
+    model = linear()
+    start = flat(model)
+    losses_of(model, batch_of(range(60))).sum().backward()
+    assert model.weight.grad.norm() > 10
+    optimizer_of(model).step()
+    torch.testing.assert_close(flat(model), start - expected_noise(model), rtol=0, atol=1e-15)
+
+
+def test_a_clipping_norm_that_falls_within_a_batch_does_not_lower_its_noise():
+    model = linear()
+    optimizer = optimizer_of(model)
+    start, total = flat(model), clipped_sum(model, [0, 1], 0.3)
+    optimizer.backward(losses_of(model, batch_of([0, 1])))
+    optimizer.engine.clip_norm = 0.03
+    optimizer.step()
+    torch.testing.assert_close(flat(model), start - total / 8 - expected_noise(model), rtol=0, atol=1e-14)
+    optimizer.zero_grad()
+    start = flat(model)
+    optimizer.step()  # the next batch is noised for its own
+    moved = (flat(model) - start).norm()
+    assert moved < 0.3 * expected_noise(model).norm()  # ten times less noise, on 8 numbers
+
+
+def test_statistics_that_a_model_keeps_of_its_records_are_pointed_out():
+    class Keeper(nn.Module):
+        def __init__(self, persistent):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("mean", torch.zeros(3), persistent=persistent)
+
+        def forward(self, x):
+            self.mean.lerp_(x.mean(0), 0.1)
+            return self.layer(x)
+
+    for persistent in (True, False):
+        model = Keeper(persistent).double()
+        optimizer = optimizer_of(model)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.backward(losses_of(model, batch_of(range(4))))
+                optimizer.step()
+                optimizer.zero_grad()
+        told = [str(warning.message) for warning in seen]
+        assert len(told) == persistent, told
+        assert all("the buffer mean changes while the model trains" in text for text in told)
 
 
 def test_no_two_steps_share_noise():
@@ -720,6 +819,36 @@ def test_the_budget_is_kept_to_the_step():
     assert str(copy.copy(error)) == str(error)  # errors of worker processes travel by pickle
 
 
+def test_what_the_budget_refused_does_not_meet_the_next_batch():
+    """Two logical batches in one sum would move it by 2 C where one record is in both."""
+    model = linear()
+    optimizer = budgeted(model, 1)
+    with pytest.raises(BudgetExceeded):
+        for _ in range(100):
+            optimizer.zero_grad()
+            optimizer.backward(losses_of(model, batch_of([0])))
+            optimizer.step()
+    for attempt in (optimizer.step, lambda: optimizer.backward(losses_of(model, batch_of([0])))):
+        with pytest.raises(RuntimeError, match=r"call .*zero_grad\(\)"):
+            attempt()
+    optimizer.zero_grad()
+    assert model.weight.grad is None
+
+
+def test_after_the_budget_is_raised_the_refused_batch_is_used_once():
+    model, other = linear(), linear()
+    private = private_of(model, epsilon=1.5, delta=1e-3, steps=30, method="rdp", inner=torch.optim.SGD)
+    with pytest.raises(BudgetExceeded):
+        train(private, model)
+    made = private.optimizer.steps
+    assert 1 < made < 29 and model.weight.grad is None
+    private.optimizer.budget.target = 100.0
+    train(private, model)
+    assert private.optimizer.steps == 30
+    by_hand(other, steps=30)  # as if nothing had happened
+    torch.testing.assert_close(flat(model), flat(other), rtol=0, atol=1e-12)
+
+
 def test_planned_steps_are_checked_once():
     Counting.calls = 0
     optimizer = budgeted(linear(), 12, planned=12, accountant=Counting())
@@ -817,7 +946,7 @@ def test_secret_noise_is_not_saved_and_not_used_twice():
     train(private, model, stop=4)
     saved = through_file({"private": private.state_dict(), "model": model.state_dict()})
     assert saved["private"]["optimizer"]["privacy"]["noise"] is None
-    assert saved["private"]["sampler"] == {"step": 4, "generator": None}
+    assert saved["private"]["sampler"] == {"step": 4, "generator": None, "cut": None}
     ends = []
     for _ in range(2):
         resumed_model = linear()
@@ -997,6 +1126,81 @@ def test_a_batch_that_was_broken_off_leaves_nothing():
     torch.testing.assert_close(flat(model), flat(other), rtol=0, atol=1e-13)
 
 
+def test_the_first_piece_is_not_left_out_either():
+    model = linear()
+    private = private_of(model, batch_size=30)
+    pieces = iter(private.loader)
+    next(pieces)
+    with pytest.raises(RuntimeError, match="one in between was never used"):
+        private.step(losses_of(model, next(pieces)))
+    train(private, model)  # a new loop gives the batch again
+    assert private.optimizer.steps == 10
+
+
+def test_the_accountant_is_told_the_rate_of_the_coins():
+    model = linear()
+    private = private_of(model, steps=6)
+    train(private, model, stop=3)
+    private.loader.sampler.rate = 0.5
+    with pytest.raises(RuntimeError, match=r"drawn with the rate 0.5, and the accountant would be told 0.1"):
+        train(private, model)
+    private.optimizer.sampling_rate, private.optimizer.expected_batch_size = 0.5, 30.0
+    train(private, model)
+    assert [(s.q, s.steps) for s in private.accountant.segments] == [(0.1, 3), (0.5, 3)]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_piece_that_failed_is_not_added_twice(at, monkeypatch):
+    """As when memory runs out while the gradients are added up: what was added must not be added again."""
+    model, other = linear(), linear()
+    private = private_of(model, batch_size=30, inner=torch.optim.SGD, steps=3)
+    deposit, left = private.engine._deposit, [2 * at + 1]
+
+    def short_of_memory(*arguments):
+        deposit(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError("a test")
+
+    monkeypatch.setattr(private.engine, "_deposit", short_of_memory)
+    pieces = iter(private.loader)
+    for _ in range(at):
+        private.step(losses_of(model, next(pieces)))
+    batch = next(pieces)
+    with pytest.raises(MemoryError):
+        private.step(losses_of(model, batch))
+    assert model.weight.grad is None
+    if at:
+        with pytest.raises(RuntimeError, match="or not to its end"):
+            private.step(losses_of(model, batch))
+    for batch in pieces:  # whoever goes on regardless is stopped, and the batch is not lost
+        with pytest.raises(RuntimeError, match="or not to its end"):
+            private.step(losses_of(model, batch))
+    train(private, model)
+    by_hand(other, steps=3, batch_size=30)
+    torch.testing.assert_close(flat(model), flat(other), rtol=0, atol=1e-12)
+
+
+def test_something_may_happen_between_clipping_and_noise():
+    model, other = linear(), linear()
+    start = flat(model)
+    private = private_of(model, batch_size=30, steps=2, inner=torch.optim.SGD)
+    seen = []
+
+    def keep_the_bias():
+        seen.append(float(model.bias.grad.norm()))
+        model.weight.grad.zero_()
+
+    for batch in private.loader:
+        if private.step(losses_of(model, batch), between=keep_the_bias):
+            break
+    total = clipped_sum(other, flip_coins(60, 0.5, seeded(derive_seed(0, "coins"))).tolist(), 0.3)
+    noise = expected_noise(other, 1.0, 30.0, generator=seeded(derive_seed(0, "noise", 0, 0)))
+    total[:6] = 0  # the weight comes first, and has 6 numbers
+    assert len(seen) == 1 and seen[0] == pytest.approx(float(total.norm()), rel=1e-9)
+    torch.testing.assert_close(flat(model), start - 0.05 * (total / 30 + noise), rtol=0, atol=1e-13)
+
+
 def test_empty_batches_step_with_losses_or_without():
     ends = []
     for give in (True, False):
@@ -1030,7 +1234,14 @@ def test_empty_batches_step_with_losses_or_without():
         ({"delta": 0.0}, "delta=0.0"),
         ({"delta": 1.0}, "delta=1.0"),
         ({"noise_multiplier": 0.0}, "pass i_know_this_is_not_private=True"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
         ({"noise_multiplier": None, "epsilon": 1.0, "accountant": Accountant()}, "begins at zero"),
+        ({"accountant": Accountant(num_examples=59)}, "the accountant counts for 59 records, the data set has 60"),
+        ({"method": "gdp"}, "method='gdp' gives no guarantee"),
+        ({"noise_multiplier": None, "epsilon": 1e-6, "delta": 1e-9}, "target_epsilon=1e-06 is out of reach"),
+        ({"max_batch": 6, "epsilon": 2.0}, "max_batch=6 is cut so often"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0"),
+        ({"max_physical": 0}, "max_physical=0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -1042,7 +1253,7 @@ def test_make_private_refuses(options, message):
 def test_streams_and_empty_data_are_refused():
     model = linear()
     options = {"batch_size": 1, "steps": 1, "noise_multiplier": 1.0}
-    with pytest.raises(TypeError, match="has no length, and the guarantee depends on N"):
+    with pytest.raises(TypeError, match=r"has no length or no dataset\[index\]. The guarantee depends on N"):
         make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), iter(DATA), **options)
     with pytest.raises(ValueError, match="the data set is empty"):
         make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), [], **options)
