@@ -47,7 +47,91 @@ from oral4.dp.norms import (
 )
 
 # %% auto #0
-__all__ = ['NET_GROWTH', 'ClipStats', 'clip_factors', 'group_of', 'quantile_step', 'clipped_sum_reference', 'ClipEngine']
+__all__ = ['NET_GROWTH', 'clip_factors', 'group_of', 'quantile_step', 'clipped_sum_reference', 'ClipStats', 'ClipEngine']
+
+# %% ../../nbs/dp/03_engine.ipynb #6e7474ef
+def clip_factors(norms: Tensor, bound: float | Tensor, *, automatic: float | None = None, stability: float = 0.0) -> Tensor:
+    """Return what each example's gradient is multiplied with; times its norm it is never above the bound.
+
+    Parameters
+    ----------
+    norms : Tensor, shape (B,) or (B, groups)
+    bound : float or Tensor of shape (groups,), above 0
+        C, for all or for each group.
+    automatic : float, optional
+        gamma: every gradient gets ``C / (norm + gamma)``, Bu et al. (2022), in place of ``min(1, C / norm)``.
+    stability : float
+        Added to the norm before the division.
+
+    Examples
+    --------
+    >>> clip_factors(torch.tensor([0.5, 2.0]), 1.0).tolist()
+    [1.0, 0.5]
+    """
+    if automatic is not None:
+        return bound / (norms + automatic)
+    return (bound / (norms + stability)).clamp_max(1.0)
+
+
+def group_of(name: str, groups: Mapping[str, str] | Callable[[str], str] | None) -> str:
+    """Return the group of a parameter: looked up, computed, or the module that owns it."""
+    if groups is None:
+        return name.rpartition(".")[0]
+    if callable(groups):
+        return groups(name)
+    if name not in groups:
+        raise ValueError(f"groups has no entry for {name!r}; give one for every trainable parameter")
+    return groups[name]
+
+
+def quantile_step(clip_norm: float, below: float, target: float, rate: float) -> float:
+    """Return the next C: ``C exp(-rate (below - target))``, with ``below`` the share of examples that C leaves whole.
+
+    The geometric update of Andrew et al. (2021): too many are left whole, so C shrinks.
+
+    Examples
+    --------
+    >>> quantile_step(1.0, 0.9, 0.5, 0.2) < 1.0 < quantile_step(1.0, 0.1, 0.5, 0.2)
+    True
+    """
+    return clip_norm * math.exp(-rate * (min(1.0, max(0.0, below)) - target))
+
+# %% ../../nbs/dp/03_engine.ipynb #d4f5bf94
+def clipped_sum_reference(
+    losses: Tensor, parameters: Sequence[Tensor], factors_of: Callable[[Tensor], Tensor], groups: Sequence[int], *, retain_graph: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return clipped sums, squared norms and factors by the definition: a backward pass for each example.
+
+    Parameters
+    ----------
+    losses : Tensor, shape (B,)
+    parameters : sequence of Tensor
+    factors_of : callable
+        From squared norms (1, groups) to factors (1, groups).
+    groups : sequence of int
+        Group of each parameter.
+    retain_graph : bool
+        Keep the graph after the last example too.
+
+    Returns
+    -------
+    list of Tensor, Tensor (B, groups) float64, Tensor (B, groups)
+    """
+    totals = [torch.zeros_like(p) for p in parameters]
+    squares, factors = [], []
+    for i in range(len(losses)):
+        keep = retain_graph or i < len(losses) - 1
+        grads = torch.autograd.grad(losses[i], list(parameters), retain_graph=keep, allow_unused=True)
+        square = torch.zeros(1, max(groups) + 1, dtype=torch.float64, device=losses.device)
+        for group, g in zip(groups, grads, strict=True):
+            if g is not None:
+                square[0, group] += g.double().square().sum()
+        squares.append(square)
+        factors.append(factors_of(square))
+        for group, g, total in zip(groups, grads, totals, strict=True):
+            if g is not None:
+                total.add_(g * factors[-1][0, group].to(g))
+    return totals, torch.cat(squares), torch.cat(factors)
 
 # %% ../../nbs/dp/03_engine.ipynb #b16f3568
 @dataclass
@@ -339,90 +423,6 @@ class _Sweep:
             self.squares[group].append(square_sum(torch.cat(grads, dim=1)))
         none = [torch.zeros(self.batch, dtype=torch.float32 if like.device.type == "mps" else torch.float64, device=like.device)]
         return torch.stack([torch.stack([x.to(none[0]) for x in self.squares[k] or none]).sum(0) for k in range(num_groups)], 1)
-
-# %% ../../nbs/dp/03_engine.ipynb #6e7474ef
-def clip_factors(norms: Tensor, bound: float | Tensor, *, automatic: float | None = None, stability: float = 0.0) -> Tensor:
-    """Return what each example's gradient is multiplied with; times its norm it is never above the bound.
-
-    Parameters
-    ----------
-    norms : Tensor, shape (B,) or (B, groups)
-    bound : float or Tensor of shape (groups,), above 0
-        C, for all or for each group.
-    automatic : float, optional
-        gamma: every gradient gets ``C / (norm + gamma)``, Bu et al. (2022), in place of ``min(1, C / norm)``.
-    stability : float
-        Added to the norm before the division.
-
-    Examples
-    --------
-    >>> clip_factors(torch.tensor([0.5, 2.0]), 1.0).tolist()
-    [1.0, 0.5]
-    """
-    if automatic is not None:
-        return bound / (norms + automatic)
-    return (bound / (norms + stability)).clamp_max(1.0)
-
-
-def group_of(name: str, groups: Mapping[str, str] | Callable[[str], str] | None) -> str:
-    """Return the group of a parameter: looked up, computed, or the module that owns it."""
-    if groups is None:
-        return name.rpartition(".")[0]
-    if callable(groups):
-        return groups(name)
-    if name not in groups:
-        raise ValueError(f"groups has no entry for {name!r}; give one for every trainable parameter")
-    return groups[name]
-
-
-def quantile_step(clip_norm: float, below: float, target: float, rate: float) -> float:
-    """Return the next C: ``C exp(-rate (below - target))``, with ``below`` the share of examples that C leaves whole.
-
-    The geometric update of Andrew et al. (2021): too many are left whole, so C shrinks.
-
-    Examples
-    --------
-    >>> quantile_step(1.0, 0.9, 0.5, 0.2) < 1.0 < quantile_step(1.0, 0.1, 0.5, 0.2)
-    True
-    """
-    return clip_norm * math.exp(-rate * (min(1.0, max(0.0, below)) - target))
-
-# %% ../../nbs/dp/03_engine.ipynb #d4f5bf94
-def clipped_sum_reference(
-    losses: Tensor, parameters: Sequence[Tensor], factors_of: Callable[[Tensor], Tensor], groups: Sequence[int], *, retain_graph: bool
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return clipped sums, squared norms and factors by the definition: a backward pass for each example.
-
-    Parameters
-    ----------
-    losses : Tensor, shape (B,)
-    parameters : sequence of Tensor
-    factors_of : callable
-        From squared norms (1, groups) to factors (1, groups).
-    groups : sequence of int
-        Group of each parameter.
-    retain_graph : bool
-        Keep the graph after the last example too.
-
-    Returns
-    -------
-    list of Tensor, Tensor (B, groups) float64, Tensor (B, groups)
-    """
-    totals = [torch.zeros_like(p) for p in parameters]
-    squares, factors = [], []
-    for i in range(len(losses)):
-        keep = retain_graph or i < len(losses) - 1
-        grads = torch.autograd.grad(losses[i], list(parameters), retain_graph=keep, allow_unused=True)
-        square = torch.zeros(1, max(groups) + 1, dtype=torch.float64, device=losses.device)
-        for group, g in zip(groups, grads, strict=True):
-            if g is not None:
-                square[0, group] += g.double().square().sum()
-        squares.append(square)
-        factors.append(factors_of(square))
-        for group, g, total in zip(groups, grads, totals, strict=True):
-            if g is not None:
-                total.add_(g * factors[-1][0, group].to(g))
-    return totals, torch.cat(squares), torch.cat(factors)
 
 # %% ../../nbs/dp/03_engine.ipynb #6f155c4d
 class _Attached:
