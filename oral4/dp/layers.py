@@ -348,7 +348,7 @@ class _GroupNorm(Layer):
         found = group_norm_grads(x, grads[0], module.num_groups, module.eps)
         return {name: Dense(x) for name, x in zip(("weight", "bias"), found, strict=True) if name in call.names}
 
-# %% ../../nbs/dp/03_layers.ipynb #c739d195
+# %% ../../nbs/dp/03_layers.ipynb #1dce1802
 class _Scale(Layer):
     """Any module whose output is ``base + x_hat * weight + bias``, entry by entry: the RMS norms of all families.
 
@@ -398,12 +398,13 @@ def _scale_base(module: nn.Module) -> bool | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or next(module.children(), None) is not None:
         return None
-    if set(module._parameters) - {"weight", "bias"} or weight.device.type == "meta":
+    if set(module._parameters) - {"weight", "bias"} or weight.device.type == "meta" or len(weight) == 1:
         return None
     generator = torch.Generator().manual_seed(0)
-    x, scale, shift = torch.randn(3, 4, len(weight), generator=generator)
-    x = (x * torch.tensor([[1.0], [3.0], [0.3], [1.0]]) + 0.5).to(weight)
-    w, b = scale[0].to(weight), shift[0].to(weight)
+    positions = 5 if len(weight) == 3 else 3  # no axis is as long as the weight, but for the last: PReLU scales the second
+    x = torch.randn(2, positions, len(weight), generator=generator) * torch.tensor([[[1.0]], [[3.0]]]) + 0.5
+    x = x.to(weight)
+    w, b = torch.randn(2, len(weight), generator=generator).to(weight)
     with torch.no_grad():
         try:
             one, zero = _run_with(module, x, 1.0), _run_with(module, x, 0.0)

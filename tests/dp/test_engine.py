@@ -264,6 +264,17 @@ class Recurrent(nn.Module):
         return self.last(self.cells(x)[0])
 
 
+class Scalar(nn.Module):
+    """One number multiplies everything, and the module says so under the name that norms use."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 IDS = torch.randint(0, 9, (3, 6), generator=torch.Generator().manual_seed(0))
 LAYERS = {
     "linear-2d": (lambda: nn.Linear(4, 5), x64(3, 4)),
@@ -282,6 +293,10 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, bias=False), x64(3, 2, 3, 4, 3)),
     "conv-transpose": (lambda: nn.ConvTranspose1d(4, 3, 3, stride=2), x64(3, 4, 5)),
     "bilinear-free": (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Flatten()), x64(3, 4)),
+    "prelu": (lambda: nn.PReLU(4), x64(3, 4, 6)),
+    "prelu-square": (lambda: nn.PReLU(4), x64(3, 4, 4)),
+    "prelu-one": (lambda: nn.PReLU(), x64(3, 4, 6)),
+    "scalar": (lambda: Scalar(), x64(3, 6, 4)),
     "twice": (Twice, x64(3, 6, 4)),
     "in-place": (InPlace, x64(3, 6, 4)),
     "table": (Table, IDS),
