@@ -82,7 +82,7 @@ def epsilon(
     q, steps, delta = _plan(examples, batch, epochs, rate, steps, delta)
     found = {method: accountant.epsilon(q, sigma, steps, delta, method=method) for method in ("pld", "rdp", "gdp")}
     _print_plan(q, steps, delta)
-    print(f"{'sigma':10}{sigma:g}")
+    print(f"{'sigma':10}{sigma:g}" + (": without noise nothing is private" if sigma == 0 else ""))
     print(f"{'epsilon':10}{_up(found['pld'])}  by privacy loss distributions: the guarantee")
     print(f"{'':10}{_up(found['rdp'])}  by Renyi divergences: a guarantee too, looser")
     print(f"{'':10}{_up(found['gdp'])}  in the Gaussian limit: NO guarantee, to compare with publications")
@@ -294,7 +294,8 @@ def finetune_private(
 ) -> None:
     """Fine-tune a language model under differential privacy, and say what was promised.
 
-    Nothing that is printed before the end is computed from private records.
+    What is printed before the end says of the private records how many there are, how many are too long and how many share
+    a source, and nothing else: no loss, no norm, no text.
     """
     if task not in TASKS:
         raise ValueError(f"--task {task}: choose one of {', '.join(TASKS)}")

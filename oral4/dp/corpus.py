@@ -415,6 +415,8 @@ def _rows(file: Any, *choices: Sequence[str]) -> list[dict[str, str]]:
         rows = [{name: row[name] for name in columns} for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file.name} is not a CSV file in UTF-8: {error}") from error
+    if not rows:
+        raise DataError(f"{file.name}: there is no record below the header; give one record a line")
     for number, row in enumerate(rows, 1):
         if short := [name for name in columns if row[name] is None]:
             raise DataError(f"{file.name}, record {number}: the column {short[0]!r} is missing; are quotes unbalanced?")

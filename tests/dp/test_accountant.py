@@ -1,5 +1,6 @@
 """The accountant against high-precision integrals, closed forms, the official code, dp-accounting and PRV."""
 
+import itertools
 import json
 import math
 import re
@@ -430,6 +431,26 @@ def test_calibration_at_its_limits():
     assert 0 <= coarse - fine <= 0.5 and epsilon(0.02, fine - 2e-6, 500, 1e-5, method="rdp") > 3
     with pytest.raises(ValueError, match=r"target_epsilon=1e-06 is out of reach at delta=1e-05 by method='rdp'"):
         calibrate_sigma(1e-6, 1e-5, 0.01, 100, method="rdp")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("sigma", "methods"), [(0.05, ["rdp"]), (0.3, ["rdp", "pld"]), (1.0, ["rdp", "pld"]), (1e3, ["rdp"])],
+    ids=["0.05", "0.3", "1", "1000"],
+)  # fmt: skip
+def test_bounds_rise_with_what_is_given_away_and_keep_their_order_without_a_warning(sigma, methods):
+    """Much and little noise, rare and certain records: an overflow shows as a warning, or as a wrong order."""
+    rates, runs, deltas = (1e-3, 0.03, 1.0), (1, 100), (1e-3, 1e-8)
+    found = {
+        (method, q, steps, delta): epsilon(q, sigma, steps, delta, method=method)
+        for method, q, steps, delta in itertools.product(methods, rates, runs, deltas)
+    }
+    for (method, q, steps, delta), value in found.items():
+        assert 0 <= found[methods[-1], q, steps, delta] <= found["rdp", q, steps, delta] * (1 + 1e-9) < math.inf
+        larger = min(rate for rate in (*rates, 1.0) if rate > q or rate == 1)
+        assert value <= found[method, larger, steps, delta] * (1 + 1e-6)  # how far PLD rounds differs by less than that
+        assert value <= found[method, q, 100, delta] * (1 + 1e-6)
+        assert value <= found[method, q, steps, 1e-8] * (1 + 1e-6)
 
 
 def test_calibration_refuses_what_is_no_guarantee():

@@ -54,7 +54,8 @@ def test_sigma_is_that_of_the_accountant():
 
 
 def test_no_noise_is_no_privacy():
-    assert run("privacy", "epsilon", "--sigma", 0, *SST2).stdout.count("infinity") == 3
+    text = run("privacy", "epsilon", "--sigma", 0, *SST2).stdout
+    assert text.count("infinity") == 3 and "without noise nothing is private" in text
 
 
 @pytest.mark.parametrize(
@@ -290,6 +291,12 @@ def test_finetune_refuses(world, tmp_path, arguments, kind, message):
 def test_tables_of_another_form_are_refused(world, tmp_path):
     write(world / "other.csv", ("question", "answer"), [("a", "b")])
     assert "give source and target, or text and label" in tune(world, tmp_path / "out", table="other", error=DataError)
+    for header in (("source", "target"), ("text", "label")):
+        write(world / "none.csv", header, [])
+        message = tune(world, tmp_path / "out", table="none", error=DataError)
+        assert "none.csv: there is no record below the header" in message
+    (world / "empty.csv").write_text("")
+    assert "empty.csv has the columns none" in tune(world, tmp_path / "out", table="empty", error=DataError)
     write(world / "three.csv", ("text", "label"), [("good", "a"), ("bad", "b"), ("so", "c")])
     reviews = {"table": "reviews", "model": "masked", "error": ValueError}
     message = tune(world, tmp_path / "out", "--eval", world / "three.csv", **reviews)
