@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -133,7 +134,7 @@ def clipped_sum_reference(
                 total.add_(g * factors[-1][0, group].to(g))
     return totals, torch.cat(squares), torch.cat(factors)
 
-# %% ../../nbs/dp/03_engine.ipynb #b16f3568
+# %% ../../nbs/dp/03_engine.ipynb #55414e31
 @dataclass
 class ClipStats:
     """What one backward pass found."""
@@ -146,18 +147,22 @@ class ClipStats:
     "Examples whose loss or gradient was not finite; their factor is 0."
     group_norms: Tensor | None = None
     "Norm over the parameters of each group, (B, groups); None with one group."
+    bounds: Sequence[float] = (math.inf,)
+    "C of each group."
 
     @property
     def clipped(self) -> float:
-        """Share of the examples that were clipped."""
-        return float((self.factors < 1).double().mean()) if self.factors.numel() else 0.0
+        """Share of the norms, of examples or of their groups, that are above their bound."""
+        norms = self.norms[:, None] if self.group_norms is None else self.group_norms
+        above = norms.isfinite() & (norms > norms.new_tensor(self.bounds))
+        return float(above.double().mean())
 
 
-def _statistics(squares: Tensor, factors: Tensor, nonfinite: int) -> ClipStats:
+def _statistics(squares: Tensor, factors: Tensor, nonfinite: int, bounds: Sequence[float]) -> ClipStats:
     """Return the statistics of squared norms and factors, (B, groups) each."""
     one = squares.shape[1] == 1
     norms = squares.sum(1).sqrt()
-    return ClipStats(norms, factors[:, 0] if one else factors, nonfinite, None if one else squares.sqrt())
+    return ClipStats(norms, factors[:, 0] if one else factors, nonfinite, None if one else squares.sqrt(), tuple(bounds))
 
 # %% ../../nbs/dp/03_engine.ipynb #2b9b54e2
 class _Numbers:
@@ -295,15 +300,16 @@ def _plan(calls: Sequence[Call], numbers: _Numbers, batch: int, rule: str, budge
 NET_GROWTH = 1.5
 "Default budget of written-out gradients, less the output gradients they replace, in multiples of all output gradients."
 
-# %% ../../nbs/dp/03_engine.ipynb #25003313
+# %% ../../nbs/dp/03_engine.ipynb #480a97ae
 class _Space:
     """Memory for per-example gradients that wait for their factors.
 
     On a CPU a large block is new at each step otherwise, and a system hands out new pages slowly, cleared one by one.
+    Kept memory is asked for through NumPy, which asks for large pages where a system has them: writing is faster there.
     """
 
-    LARGE = 2**25
-    "Bytes above which the C library asks the system for a block, and gives it back when it is freed."
+    LARGE = 2**20
+    "Bytes above which a block is taken from what is kept."
 
     def __init__(self) -> None:
         self.held: dict[torch.dtype, Tensor] = {}
@@ -314,7 +320,7 @@ class _Space:
         for dtype, size in self.used.items():
             if size > len(self.held.get(dtype, ())):
                 self.held.pop(dtype, None)
-                self.held[dtype] = torch.empty(size, dtype=dtype)
+                self.held[dtype] = torch.from_numpy(np.empty(size, np.float64 if dtype == torch.float64 else np.float32))
         self.used = dict.fromkeys(self.held, 0)
 
     def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -535,7 +541,7 @@ class _Attached:
         if missing:
             raise RuntimeError(f"not every use of {sweep.numbers.names[missing[0]]} was visited in the backward pass")
 
-# %% ../../nbs/dp/03_engine.ipynb #ec733798
+# %% ../../nbs/dp/03_engine.ipynb #75a071bc
 class ClipEngine(_Attached):
     """Clip the gradient of every example, in one backward pass.
 
@@ -789,7 +795,8 @@ class ClipEngine(_Attached):
         with torch.no_grad():
             squares = sweep.total(len(names), losses).clamp_min(0)
             bad = ~(torch.isfinite(squares).all(1) & torch.isfinite(losses))
-            factors = self._factors(squares, self._bounds(groups, names), self._margin(losses, calls, numbers))
+            bounds = self._bounds(groups, names)
+            factors = self._factors(squares, bounds, self._margin(losses, calls, numbers))
             factors = torch.where(bad[:, None], torch.zeros_like(factors), factors)
             nonfinite = self._wait(bad, sweep)
 
@@ -804,7 +811,7 @@ class ClipEngine(_Attached):
                 sweep = self._new_sweep(losses, calls, numbers, groups)
                 sweep.deposit = deposit
                 self._run(losses, sweep, retain_graph=retain_graph)
-        return _statistics(squares, factors, nonfinite)
+        return _statistics(squares, factors, nonfinite, bounds)
 
     def _wait(self, bad: Tensor, sweep: _Sweep) -> int:
         """Return how many examples are not finite: the one place that waits for the device.
@@ -854,7 +861,7 @@ class ClipEngine(_Attached):
                 self.sink(p, total)
             else:
                 p.grad = total if p.grad is None else p.grad.add_(total)
-        return _statistics(squares, factors, 0)
+        return _statistics(squares, factors, 0, bounds)
 
     # what to look at
 

@@ -1,7 +1,7 @@
 """What a clipped gradient costs beside an ordinary one: three language models, several methods, one interleaved run.
 
->>> [case.name for case in CASES.values()], sorted(METHODS)[:2]
-(['s8', 's50', 'distil'], ['non-private', 'opacus-ghost'])
+>>> list(CASES), sorted(METHODS)[:2]
+(['s8', 's50', 'distil', 'tiny'], ['non-private', 'official-two-pass'])
 
 A method is a function that leaves a gradient in ``p.grad``: no optimiser, no noise, the same model and batch for all.
 """
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oral4.dp.engine import ClipEngine
+from oral4.dp.engine import ClipEngine, clip_factors
+from oral4.dp.norms import Outer, embedding_rows, layer_norm_grads, norm2, outer_norm2, square_sum
 from oral4.errors import require
 from oral4.measure.timing import Timing, compare, peak_memory
 
@@ -101,6 +102,43 @@ def _ours(**options: Any) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
     return prepare
 
 
+def official_two_pass(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """Return two ordinary backward passes, as the paper's own algorithm: gather norms, then weigh the losses.
+
+    The first pass also computes the weights' gradients, which are thrown away. Norms are by this book's formulas.
+    """
+    arrived: list[tuple[nn.Module, Tensor, Tensor]] = []
+    listening = True
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda g: arrived.append((module, args[0].detach(), g)) if listening else None)
+
+    for module in model.modules():
+        if module._parameters:
+            module.register_forward_hook(watch)
+
+    def squares(module: Any, x: Tensor, g: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            return norm2([embedding_rows(x, g, module.num_embeddings)])
+        if isinstance(module, nn.LayerNorm):
+            grads = layer_norm_grads(x, g, tuple(module.normalized_shape), module.eps)
+            return square_sum(torch.cat([grad for grad in grads if grad is not None], 1))
+        return outer_norm2(Outer(x, g), bias=module.bias is not None, rule="gram")  # stored (d, p) or (p, d): the same norm
+
+    def step() -> None:
+        nonlocal listening
+        model.zero_grad(set_to_none=True)
+        losses, listening = losses_of(model, ids, positions=True), True
+        losses.sum().backward(retain_graph=True)
+        model.zero_grad(set_to_none=True)
+        norms = torch.stack([squares(*use) for use in arrived]).sum(0).sqrt()
+        arrived.clear()
+        listening = False
+        (clip_factors(norms, 0.1, stability=1e-6).to(losses) * losses).sum().backward()
+
+    return step
+
+
 def opacus_ghost(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     """Return Opacus's two backward passes of ghost clipping."""
     wrapped = importlib.import_module("opacus.grad_sample").GradSampleModuleFastGradientClipping(
@@ -142,6 +180,7 @@ METHODS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
     "ours": _ours(),
     "ours-gram": _ours(rule="gram"),
     "ours-two-pass": _ours(mode="two_pass"),
+    "official-two-pass": official_two_pass,
     "opacus-ghost": opacus_ghost,
     "opacus-vanilla": opacus_vanilla,
 }

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from oral4.dp import speed
 from oral4.dp.engine import ClipEngine, validate
 
 GOLDENS = Path(__file__).parents[1] / "goldens/dp"
@@ -1119,3 +1120,38 @@ def test_no_weight_gradient_is_computed_twice():
     with engine.public(), Shapes():
         square(model, torch.randn(2, 4, 5)).sum().backward()
     assert {(7, 5), (3, 7)} <= {*found, *(s[::-1] for s in found)}
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
+def test_the_share_that_is_clipped_counts_norms_above_the_bound(clipping):
+    """Factors are no measure: in bfloat16 all are below one by a margin, and automatic ones may be above it."""
+    model = randomize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))).bfloat16()
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)[:, None]
+    stats = ClipEngine(model, 8.0, clipping=clipping).backward(square(model, x.bfloat16()))
+    norms, bound = (stats.group_norms, 8 / 2**0.5) if clipping == "per_layer" else (stats.norms, 8.0)
+    assert 0 < int((norms > bound).sum()) < norms.numel()
+    assert stats.clipped == float((norms > bound).double().mean())
+    if clipping == "flat":
+        assert bool((stats.factors < 1).all())
+
+
+def test_a_bad_example_is_not_counted_as_clipped():
+    model = randomize(nn.Linear(4, 3))
+    x = x64(4, 4)
+    x[1] = math.inf
+    with pytest.warns(UserWarning, match="1 of 4 examples"):
+        stats = ClipEngine(model, 1e-6).backward(square(model, x))
+    assert stats.clipped == 0.75
+
+
+def test_the_two_passes_of_the_paper_give_the_same_sum():
+    pytest.importorskip("transformers")
+    found = {}
+    for method in ("ours", "official-two-pass"):
+        model, ids = speed.build(speed.CASES["tiny"])
+        step = speed.METHODS[method](model.double(), ids)
+        step()
+        step()  # what the first left behind must not be counted again
+        found[method] = {name: p.grad for name, p in model.named_parameters()}
+    for name, gradient in found["ours"].items():
+        torch.testing.assert_close(found["official-two-pass"][name], gradient, rtol=1e-9, atol=1e-13, msg=name)
