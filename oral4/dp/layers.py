@@ -79,7 +79,7 @@ class Tap(torch.autograd.Function):
         down: Sequence[Tensor | None] = call.layer.engine._arrive(call, ctx, grads)
         return None, None, *down, *(None,) * ctx.num_inputs
 
-# %% ../../nbs/dp/03_layers.ipynb #d6e6ef92
+# %% ../../nbs/dp/03_layers.ipynb #570018c6
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stand where a hook stood, in the copy of a model."""
 
@@ -115,7 +115,7 @@ def _override(module: nn.Module, methods: dict[str, Callable[..., Any]]) -> None
 
 
 def _restore(module: nn.Module) -> None:
-    module.__class__ = type(module).__bases__[0]  # type: ignore[assignment]
+    module.__class__ = type(module).__bases__[0]
 
 # %% ../../nbs/dp/03_layers.ipynb #565b19c0
 class Layer:
@@ -420,14 +420,15 @@ def _scale_base(module: nn.Module) -> bool | None:
         return bool(zero.abs().max() > tolerance)
     return None
 
-# %% ../../nbs/dp/03_layers.ipynb #6c6d7af7
+# %% ../../nbs/dp/03_layers.ipynb #8793022c
 class _PositionBias(Layer):
     """T5's table of relative positions: looked up once for all examples, added to the scores of each."""
 
     rule_applies = False
 
     def attach(self) -> None:
-        original = type(self.module).compute_bias
+        kind: Any = type(self.module)
+        original = kind.compute_bias
         self.table: Any = self.module.relative_attention_bias
 
         def compute_bias(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -435,7 +436,12 @@ class _PositionBias(Layer):
             if not (self.active() and weight.requires_grad) or batch is None:
                 return original(attention, *args, **kwargs)
             ids: list[Tensor] = []
-            with self.engine._silence(), _Lookup(self.table, lambda found, result: (ids.append(found), result)[1]):
+
+            def note(found: Tensor, result: Tensor) -> Tensor:
+                ids.append(found)
+                return result
+
+            with self.engine._silence(), _Lookup(self.table, note):
                 values = original(attention, *args, **kwargs)  # (1, H, T, S)
             call = Call(self, ("relative_attention_bias.weight",), (weight,), keep=(False, True), expand=batch)
             return Tap.apply(call, self.engine._anchor_on(values.device), values, ids[0])
@@ -451,7 +457,7 @@ class _PositionBias(Layer):
         g = grads[0].flatten(2).mT  # (B, T S, H)
         return {call.names[0]: Rows(saved[0].flatten().expand(batch, -1), g, self.table.num_embeddings)}
 
-# %% ../../nbs/dp/03_layers.ipynb #dc6b3e63
+# %% ../../nbs/dp/03_layers.ipynb #3771bbf3
 class _RelativeTable(Layer):
     """DeBERTa's table of relative positions: the whole table goes through every layer, the same for all examples.
 
@@ -459,7 +465,8 @@ class _RelativeTable(Layer):
     """
 
     def attach(self) -> None:
-        original = type(self.module).get_rel_embedding
+        kind: Any = type(self.module)
+        original = kind.get_rel_embedding
 
         def get_rel_embedding(encoder: Any) -> Tensor | None:
             batch = self.engine._batch_size()
@@ -597,7 +604,7 @@ def refuse_training_batch_norm(module: nn.Module, args: tuple) -> None:
             f"{type(module).__name__} was switched to training: it mixes the examples of a batch; call its eval(), or use nn.GroupNorm"
         )
 
-# %% ../../nbs/dp/03_layers.ipynb #856a6172
+# %% ../../nbs/dp/03_layers.ipynb #b4cf823b
 class Whole(Layer):
     """Any other module that owns parameters: its own backward pass, for each example, by ``torch.func``."""
 
@@ -694,7 +701,8 @@ class Whole(Layer):
 
         def pull(slices: tuple[Tensor, ...], grad: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             example = [x if axis is None else x.unsqueeze(0) for x, axis in zip(slices, axes, strict=True)]
-            found, vjp = torch.func.vjp(lambda p: tuple(self.run(call, p, example)), parameters)
+            pulled: Any = torch.func.vjp(lambda p: tuple(self.run(call, p, example)), parameters)
+            found, vjp = pulled
             return vjp(tuple(g.unsqueeze(0) for g in grad))[0], tuple(y.squeeze(0) for y in found)
 
         with warnings.catch_warnings():
@@ -728,7 +736,7 @@ def _differ(recorded: Tensor, again: Tensor) -> Tensor:
 
 def _named_parameters(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return parameters by their path below a module."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in names:
         path, _, last = name.rpartition(".")
         p = (module.get_submodule(path) if path else module)._parameters.get(last)
