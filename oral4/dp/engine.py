@@ -197,7 +197,7 @@ class _Numbers:
         """Return number and parameter of all that want a gradient."""
         return {i: p for i, p in enumerate(self.parameters) if p.requires_grad}
 
-# %% ../../nbs/dp/03_engine.ipynb #ee4679e3
+# %% ../../nbs/dp/03_engine.ipynb #f39924c8
 def _survey(root: Any, engine: ClipEngine, numbers: _Numbers) -> list[Call]:
     """Return every tap that a loss depends on, and refuse uses of parameters that no tap stands for.
 
@@ -239,7 +239,7 @@ def _survey(root: Any, engine: ClipEngine, numbers: _Numbers) -> list[Call]:
 
 
 def _used_outside(name: str, owner: Any, model: nn.Module) -> str:
-    by = f" by {owner.call.layer.path} ({type(owner.call.layer.module).__name__})" if owner is not None else ""
+    by = f" by {owner.call.layer.where} ({type(owner.call.layer.module).__name__})" if owner is not None else ""
     path = name.rpartition(".")[0]
     advice = "call the module that owns it, or freeze the parameter"
     if not model.get_submodule(path).training:
@@ -334,7 +334,7 @@ class _Space:
             return torch.empty(size, dtype=dtype)
         return held[first : first + size]
 
-# %% ../../nbs/dp/03_engine.ipynb #9bb0e58a
+# %% ../../nbs/dp/03_engine.ipynb #c268d472
 class _Sweep:
     """One backward pass that is under way: what the taps bring is booked here."""
 
@@ -376,8 +376,10 @@ class _Sweep:
             return False
         self.squares[self.groups[slots["weight"]]].append(outer_norm2(outer, bias=True, rule="gram"))
         if self.keep:
-            for name, form in forms.items():
-                self.uses[slots[name]] = [self._stored(form)]
+            kept, bias = self._stored(outer), forms["bias"]
+            assert isinstance(bias, Outer) and bias.g is outer.g  # so one copy in a smaller type serves both
+            self.uses[slots["weight"]] = [kept]
+            self.uses[slots["bias"]] = [Outer(bias.a, kept.g, bias.transposed, bias.shape)]
         return True
 
     def _add(self, slot: int, form: Form) -> None:
@@ -418,7 +420,7 @@ class _Sweep:
         if self.keep:
             self.uses[slot] = [self._stored(use) for use in uses]
 
-    def _stored(self, use: Form) -> Form:
+    def _stored(self, use: Any) -> Any:
         if self.store_dtype is None or not isinstance(use, Outer) or use.g.dtype == self.store_dtype:
             return use
         return Outer(use.a, use.g.to(self.store_dtype), use.transposed, use.shape)
@@ -702,6 +704,8 @@ class ClipEngine(_Attached):
     @property
     def sensitivity(self) -> float:
         """What one example can add to the sum, in L2 norm; noise is measured in this unit."""
+        if self.clipping != "per_layer":
+            return self.clip_norm
         return math.hypot(*self._bounds(*self._group_numbers(_Numbers(self.model))))
 
     def _factors(self, squares: Tensor, bounds: Sequence[float], margin: float) -> Tensor:
@@ -820,9 +824,9 @@ class ClipEngine(_Attached):
         """
         values = [bad.sum(), *(different.to(bad.device).long() for _, different in sweep.checks)]
         nonfinite, *differs = torch.stack(values).tolist()
-        for path, _ in (check for check, yes in zip(sweep.checks, differs, strict=True) if yes):
+        for path, _ in (entry for entry, yes in zip(sweep.checks, differs, strict=True) if yes):
             raise ValueError(
-                f"{path} ({type(self.model.get_submodule(path)).__name__}) gives another result for each example alone than "
+                f"{path or 'the model'} ({type(self.model.get_submodule(path)).__name__}) gives another result for each example alone than "
                 "for the batch: it mixes examples, or draws random numbers; freeze its own parameters"
             )
         return nonfinite

@@ -117,7 +117,7 @@ def _override(module: nn.Module, methods: dict[str, Callable[..., Any]]) -> None
 def _restore(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[0]
 
-# %% ../../nbs/dp/03_layers.ipynb #565b19c0
+# %% ../../nbs/dp/03_layers.ipynb #3fe45cce
 class Layer:
     """One module whose parameters the engine knows how to differentiate for each example."""
 
@@ -127,6 +127,7 @@ class Layer:
     def __init__(self, engine: Any, path: str, module: nn.Module):
         self.engine = engine
         self.path = path
+        self.where = path or "the model"
         self.module = module
         self.names: tuple[str, ...] = tuple(name for name, p in module._parameters.items() if p is not None)
         self.flattened = False
@@ -191,7 +192,7 @@ class Layer:
             saved = [x.unflatten(0, (batch, -1)) for x in saved]
         elif first.shape[0] != batch:
             raise ValueError(
-                f"{self.path} ({type(self.module).__name__}): its output has {first.shape[0]} rows for a batch of {batch} "
+                f"{self.where} ({type(self.module).__name__}): its output has {first.shape[0]} rows for a batch of {batch} "
                 "examples. A row must be an example: clipping rows that are tokens would not protect an example. Give "
                 "the module inputs whose first axis is the batch, or freeze it"
             )
@@ -238,7 +239,7 @@ class _TransposedLinear(_Linear):
     transposed = True
     argument = "x"
 
-# %% ../../nbs/dp/03_layers.ipynb #fa14978d
+# %% ../../nbs/dp/03_layers.ipynb #0becf93a
 class _Conv(Layer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
 
@@ -250,7 +251,7 @@ class _Conv(Layer):
             call.cast = output.dtype
         axes = len(module.kernel_size)
         if output.dim() != axes + 2:
-            raise ValueError(f"{self.path}: a convolution needs inputs with a batch axis, got output {tuple(output.shape)}")
+            raise ValueError(f"{self.where}: a convolution needs inputs with a batch axis, got output {tuple(output.shape)}")
         positions = output.shape[0] * math.prod(output.shape[2:])
         width = math.prod(module.weight.shape[1:])
         call.extra = (positions * module.groups, module.out_channels // module.groups, width)
@@ -629,7 +630,7 @@ class Whole(Layer):
             return None
         problem = whole_problem(module)
         if problem is not None:
-            raise ValueError(f"{self.path} ({type(module).__name__}): {problem.reason}; {problem.advice}")
+            raise ValueError(f"{self.where} ({type(module).__name__}): {problem.reason}; {problem.advice}")
         inputs, form = tree_flatten((args, kwargs))
         outputs, shape = tree_flatten(output)
         tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
@@ -666,7 +667,7 @@ class Whole(Layer):
         for i, y in enumerate(saved[: call.num_outputs]):
             if y.shape[self.batch_axis(i)] != batch:
                 raise ValueError(
-                    f"{self.path} ({type(self.module).__name__}): an output has shape {tuple(y.shape)} for a batch of {batch} "
+                    f"{self.where} ({type(self.module).__name__}): an output has shape {tuple(y.shape)} for a batch of {batch} "
                     f"examples; freeze its own parameters {list(call.names)}"
                 )
         return self.forms(call, saved, grads)
@@ -684,7 +685,7 @@ class Whole(Layer):
             gradients, again = (self.one_by_one if self.loop else self.by_vmap)(call, parameters, inputs, upstream)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{self.path} ({type(self.module).__name__}): cannot be run for each example ({str(error).splitlines()[0]}); "
+                f"{self.where} ({type(self.module).__name__}): cannot be run for each example ({str(error).splitlines()[0]}); "
                 f"freeze its own parameters {list(call.names)}, or use layers that the engine knows"
             ) from error
         sweep = self.engine._sweep

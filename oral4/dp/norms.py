@@ -475,7 +475,10 @@ def _written_out_if_cheaper(uses: list[Form]) -> list[Form]:
     gram = length**2 * (first.a.shape[-1] + first.g.shape[-1])
     if gram <= 2 * length * width or 4 * len(first.g) * math.prod(first.shape) > 2 * GRAM_BYTES:
         return uses
-    return [Dense(sum(write_out(use) for use in outer)), *(use for use in uses if not isinstance(use, Outer))]
+    total = write_out(first)
+    for use in outer[1:]:
+        total = total + write_out(use)
+    return [Dense(total), *(use for use in uses if not isinstance(use, Outer))]
 
 # %% ../../nbs/dp/02_norms.ipynb #82785ec3
 NEAR = 2**16

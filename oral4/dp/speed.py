@@ -9,7 +9,7 @@ A method is a function that leaves a gradient in ``p.grad``: no optimiser, no no
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +207,8 @@ def times(
     device : str
         On a CPU the clock is that of the process, so that other programs do not count.
     """
-    for name, known in ((case, CASES), *((method, METHODS) for method in methods)):
+    asked: list[tuple[str, Mapping[str, Any]]] = [(case, CASES), *((method, METHODS) for method in methods)]
+    for name, known in asked:
         if name not in known:
             raise ValueError(f"{name!r} is unknown; give one of {', '.join(known)}")
     steps = {}
