@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 # one thread a worker: two workers on two cores are faster than two workers with two threads each
 export OMP_NUM_THREADS ?= 1
+# MKL reads a variable of its own, which some machines set: threads that wait for one another then take most of the time
+export MKL_NUM_THREADS := $(OMP_NUM_THREADS)
 # all that the outcome of the tests depends on
 STATE = { git ls-files -coz --exclude-standard | sort -z | xargs -0 sha256sum 2>/dev/null; echo "$(ORAL4_SCALE) $(ORAL4_DATA) $(PYTEST)"; } | sha256sum
 
