@@ -118,6 +118,11 @@ class Dense:
 Form = Outer | Rows | Dense
 
 # %% ../../nbs/dp/02_norms.ipynb #f916b72c
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float32 at least."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def per_example(use: Form) -> Tensor:
     """Return the gradient of every example written out: what the three forms stand for, and the oracle of this module.
 
@@ -143,12 +148,7 @@ def per_example(use: Form) -> Tensor:
     table = grad.new_zeros(*grad.shape[:1], *use.shape)
     return table.scatter_add_(1, use.ids[..., None].expand_as(grad), grad)
 
-# %% ../../nbs/dp/02_norms.ipynb #ef70ba7e
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 at least."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
+# %% ../../nbs/dp/02_norms.ipynb #3f11446a
 def _double(x: Tensor) -> Tensor:
     """Return x in float64, where the device has it."""
     return x if x.device.type == "mps" else x.double()
