@@ -104,7 +104,7 @@ class Dense:
 
     Parameters
     ----------
-    grad : Tensor, shape (B, *shape of the parameter)
+    grad : Tensor, shape ``(B, *shape of the parameter)``
     """
 
     grad: Tensor
@@ -132,7 +132,7 @@ def per_example(use: Form) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (B, *shape of the parameter)
+    Tensor, shape ``(B, *shape of the parameter)``
 
     Examples
     --------
@@ -295,7 +295,7 @@ def outer_norm2(use: Outer, *, bias: bool = False, rule: str = "auto") -> Tensor
 
 
 def write_out(use: Outer, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """Return the gradients of an outer use written out, in float32 or float64, (B, *shape).
+    """Return the gradients of an outer use written out, in float32 or float64, ``(B, *shape)``.
 
     Parameters
     ----------
@@ -488,13 +488,13 @@ NEAR = 2**16
 def layer_norm_grads(
     x: Tensor, g: Tensor, normalized_shape: tuple[int, ...], eps: float, *, weight: bool = True, bias: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the per-example gradients of a layer norm's scale and shift, each (B, *normalized_shape) or None.
+    """Return the per-example gradients of a layer norm's scale and shift, each ``(B, *normalized_shape)`` or None.
 
     ``y = scale * x_hat + shift``, so they are ``sum_t x_hat_t g_t`` and ``sum_t g_t``.
 
     Parameters
     ----------
-    x : Tensor, shape (B, ..., *normalized_shape)
+    x : Tensor, shape ``(B, ..., *normalized_shape)``
         Input of the layer.
     g : Tensor, same shape
         Gradient with respect to its output.
@@ -598,9 +598,9 @@ def conv_outer(
 
     Parameters
     ----------
-    x : Tensor, shape (B, c_in, *size)
+    x : Tensor, shape ``(B, c_in, *size)``
         One, two or three axes of positions.
-    g : Tensor, shape (B, c_out, *output size)
+    g : Tensor, shape ``(B, c_out, *output size)``
         Gradient with respect to the output.
     kernel, stride, dilation : tuple of int, one for each axis
     padding : sequence of int, two for each axis
