@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ def _restore(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[0]
 
 # %% ../../nbs/dp/03_layers.ipynb #3fe45cce
-class Layer:
+class Layer(ABC):
     """One module whose parameters the engine knows how to differentiate for each example."""
 
     rule_applies = False
@@ -177,10 +178,11 @@ class Layer:
 
     def prepare(self, call: Call, x: Tensor, output: Tensor) -> None:
         """Add to the call what else the backward pass needs."""
+        return  # most kinds need nothing
 
+    @abstractmethod
     def forms(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, Form]:
         """Return the per-example gradient of each parameter."""
-        raise NotImplementedError
 
     def arrive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], batch: int) -> dict[str, Form]:
         """Check that rows are examples, then return the forms."""
@@ -453,10 +455,12 @@ class _PositionBias(Layer):
         _restore(self.module)
 
     def arrive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], batch: int) -> dict[str, Form]:
-        if grads[0] is None:
-            return {}
+        return {} if grads[0] is None else self.forms(call, saved, grads)  # every example has scores of its own
+
+    def forms(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, Form]:
+        assert grads[0] is not None
         g = grads[0].flatten(2).mT  # (B, T S, H)
-        return {call.names[0]: Rows(saved[0].flatten().expand(batch, -1), g, self.table.num_embeddings)}
+        return {call.names[0]: Rows(saved[0].flatten().expand(len(g), -1), g, self.table.num_embeddings)}
 
 # %% ../../nbs/dp/03_layers.ipynb #3771bbf3
 class _RelativeTable(Layer):
@@ -494,10 +498,12 @@ class _RelativeTable(Layer):
             _restore(module)
 
     def arrive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], batch: int) -> dict[str, Form]:
+        return {} if grads[0] is None else self.forms(call, saved, grads)  # every example has a table of its own
+
+    def forms(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, Form]:
         g = grads[0]
-        if g is None:
-            return {}
-        return {call.names[0]: Rows(torch.arange(g.shape[1], device=g.device).expand(batch, -1), g, g.shape[1])}
+        assert g is not None
+        return {call.names[0]: Rows(torch.arange(g.shape[1], device=g.device).expand(len(g), -1), g, g.shape[1])}
 
 
 def _with_a_table_each(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -428,7 +428,7 @@ def phrase_lexicon(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[s
     }
 
 
-def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon = E2E_LEXICON) -> SlotReport:
+def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon | None = None) -> SlotReport:
     """Return which slots of a meaning a sentence says, leaves out, gets wrong, or adds.
 
     A slot that the lexicon does not hold (names) is said if its value stands in the text, as whole words. Such values
@@ -439,8 +439,8 @@ def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon = E2
     ----------
     slots : iterable of (slot, value)
     text : str
-    lexicon : mapping
-        Slot, value, regular expression (for lower case).
+    lexicon : mapping, optional
+        Slot, value, regular expression (for lower case); `E2E_LEXICON` if left out.
 
     Raises
     ------
@@ -453,6 +453,7 @@ def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon = E2
     >>> slot_report(meaning, "The Mill serves cheap French food.")
     SlotReport(said=('name',), missing=('area',), wrong=('food',), added=('priceRange',))
     """
+    lexicon = E2E_LEXICON if lexicon is None else lexicon
     meant: dict[str, str] = {}
     for slot, value in slots:
         if slot in meant:
@@ -477,9 +478,9 @@ def slot_report(slots: Iterable[Sequence[str]], text: str, lexicon: Lexicon = E2
     order = [*meant, *lexicon]
     return SlotReport(**{name: tuple(sorted(of, key=order.index)) for name, of in outcome.items()})
 
-# %% ../../nbs/dp/05_text_metrics.ipynb #b2ae905a
+# %% ../../nbs/dp/05_text_metrics.ipynb #113674d8
 def slot_scores(
-    meanings: Sequence[Iterable[Sequence[str]]], texts: Sequence[str], lexicon: Lexicon = E2E_LEXICON
+    meanings: Sequence[Iterable[Sequence[str]]], texts: Sequence[str], lexicon: Lexicon | None = None
 ) -> dict[str, float]:
     """Return the slot recall and the slot error rate over all texts, each as a share of the slots that were meant.
 
@@ -488,7 +489,7 @@ def slot_scores(
     meanings : sequence of slots
     texts : sequence of str
         One for each meaning.
-    lexicon : mapping
+    lexicon : mapping, optional
         As in `slot_report`.
 
     Returns

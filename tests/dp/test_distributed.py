@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
+from two_processes import launch
 
 from oral4.dp.private import flip_coins
 from oral4.train.randomness import derive_seed
@@ -222,24 +219,6 @@ for key, mesh in {"split": init_device_mesh("cpu", (2,)),
 dist.destroy_process_group()
 """
 )
-
-
-def launch(folder, program):
-    """Run the program in two processes, with the environment that torchrun makes."""
-    (folder / "program.py").write_text(program)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = dict(os.environ, OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                  ACCELERATE_USE_CPU="true", ORAL4_DEVICE="cpu", LOCAL_WORLD_SIZE="2")  # fmt: skip
-    processes = [
-        subprocess.Popen([sys.executable, "program.py", str(folder)], cwd=folder, text=True, stderr=subprocess.PIPE,
-                         env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 """Two processes train like one with twice the batch, and resume bit for bit; a model comes back as it went."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
+from two_processes import launch
 
 from oral4.train import TrainConfig, fit
 from oral4.train.launch import make_accelerator, prepared
@@ -64,22 +61,7 @@ report("noise", draws)
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch")
-    (folder / "program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = dict(os.environ, OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                  ACCELERATE_USE_CPU="true", ORAL4_DEVICE="cpu", LOCAL_WORLD_SIZE="2")  # fmt: skip
-    # The environment that torchrun makes. `accelerate launch` starts several processes for GPUs, on CPUs only by MPI.
-    processes = [
-        subprocess.Popen([sys.executable, "program.py", str(folder)], cwd=folder, text=True, stderr=subprocess.PIPE,
-                         env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return folder
+    return launch(tmp_path_factory.mktemp("launch"), PROGRAM)
 
 
 def reports(folder, key):
