@@ -7,8 +7,8 @@ addEventListener("DOMContentLoaded", () => {
     const page = summary.closest("li")?.querySelector("a")?.textContent.trim();
     summary.setAttribute("aria-label", `Pages below ${page}`);
   }
-  // An output that is wider than the screen scrolls, so the keyboard must reach it.
-  for (const output of document.querySelectorAll(".cell_output pre")) if (output.scrollWidth > output.clientWidth) output.tabIndex = 0;
+  // An output or a table that is wider than the screen scrolls, so the keyboard must reach it.
+  for (const box of document.querySelectorAll(".cell_output pre, .pst-scrollable-table-container")) if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
 
   // An equation that is a little wider than its column is set smaller. A wider one scrolls, also by the keyboard.
   addEventListener("load", () => window.MathJax?.startup?.promise?.then(() => {
