@@ -14,6 +14,7 @@ PRELOADS = {"stylesheet", "preload", "modulepreload", "icon", "dns-prefetch", "p
 THEME_IDS = {"search-input"}  # the theme writes it twice on its search page
 LEFTOVER = re.compile(
     r"#\|\s*(?:export|hide|label|fig-|code-|default_exp)|\{(?:record|cite|numref|eq|doc)(?::\w+)?\}`|\{\{ \w+_url \}\}"
+    r"|\| ?(?:-{3}|—) ?\|"  # the second line of a table that was not read as one
 )
 
 

@@ -242,6 +242,8 @@ class TestCheckSite:
             ('<p id="a"></p><p id="a"></p>', "stands 2 times"),
             ("<p>#| export</p>", "unresolved markup"),
             ("<p>{cite:t}`x`</p>", "unresolved markup"),
+            ("<p>| a | b |\n| — | — |</p>", "unresolved markup"),
+            ("<p>| a | b | | --- | --- |</p>", "unresolved markup"),
             ("x" * 1_600_000, "more than"),
         ],
     )
