@@ -196,7 +196,7 @@ class ReviewConfig:
     "Expected batch with privacy."
     clip_norm: float = 0.1
     "C."
-    rates: tuple[float, ...] = (2e-5, 1e-4, 5e-4)
+    rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
     "Step sizes of the encoder to choose from with privacy."
     head_rate: float = 1e-2
     "Step size of the fresh head with privacy."
@@ -204,7 +204,7 @@ class ReviewConfig:
     "Batch without privacy."
     ordinary_epochs: float = 1.0
     "Passes over the records without privacy; they are enough for pretrained weights."
-    ordinary_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    ordinary_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     "Step sizes of the encoder to choose from without privacy."
     ordinary_head_rate: float = 1e-3
     "Step size of the fresh head without privacy."
@@ -426,7 +426,7 @@ def _gap(first: _Arm, second: _Arm) -> tuple[float, float]:
 class PretrainedConfig(ReviewConfig):
     """Pretrained against fresh weights, at the same budget."""
 
-    fresh_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
+    fresh_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     "Step sizes to choose from for fresh weights with privacy."
     fresh_ordinary_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     "Step sizes to choose from for fresh weights without privacy."
@@ -438,8 +438,8 @@ class PretrainedConfig(ReviewConfig):
 
     @classmethod
     def mini(cls) -> PretrainedConfig:
-        """Train on three thousand phrases."""
-        return cls(train=3000)
+        """Train on four thousand phrases, without privacy three times."""
+        return cls(ordinary_epochs=3.0)
 
     @classmethod
     def gpu(cls) -> PretrainedConfig:
@@ -497,13 +497,13 @@ class MethodsConfig(ReviewConfig):
 
     epsilon: float = 3.0
     "Budget."
-    part_rates: tuple[float, ...] = (1e-4, 1e-3, 5e-3)
+    part_rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2)
     "Step sizes to choose from with privacy where a part is trained."
-    part_ordinary_rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
+    part_ordinary_rates: tuple[float, ...] = (5e-4, 2e-3, 6e-3)
     "Step sizes to choose from without privacy where a part is trained."
-    only_head_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    only_head_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
     "Step sizes to choose from with privacy where the head alone is trained."
-    only_head_ordinary_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    only_head_ordinary_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     "Step sizes to choose from without privacy where the head alone is trained."
 
     @classmethod
@@ -514,8 +514,8 @@ class MethodsConfig(ReviewConfig):
 
     @classmethod
     def mini(cls) -> MethodsConfig:
-        """Train on two thousand phrases."""
-        return cls(train=2000)
+        """Train on four thousand phrases."""
+        return cls()
 
     @classmethod
     def gpu(cls) -> MethodsConfig:
@@ -683,8 +683,8 @@ class SizeConfig(ReviewConfig):
 
     @classmethod
     def mini(cls) -> SizeConfig:
-        """Train on two thousand phrases."""
-        return cls(train=2000)
+        """Train on four thousand phrases."""
+        return cls()
 
     @classmethod
     def gpu(cls) -> SizeConfig:
