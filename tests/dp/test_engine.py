@@ -614,6 +614,30 @@ def test_saved_tensors_may_be_offloaded():
     assert len(packed) > 5
 
 
+@pytest.mark.parametrize("order", ["compiled first", "engine first", "in place", "engine on the compiled"])
+def test_a_compiled_body(order):
+    """torch.compile around the model, before the engine or after it: the same sums, also for the next shape."""
+    model = randomize(Net(7, 4, [nn.LayerNorm(4), nn.Linear(4, 4)], tied=True, padding=None))
+    torch.compiler.reset()
+    plain, body, backend = copy.deepcopy(model), model, "aot_eager"
+    if order in ("compiled first", "engine on the compiled"):
+        body = torch.compile(model, backend=backend)
+    engine = ClipEngine(body if order == "engine on the compiled" else model, 0.1)
+    if order == "engine first":
+        body = torch.compile(model, backend=backend)
+    elif order == "in place":
+        model.compile(backend=backend)
+    for shape in ((3, 6), (2, 5)):
+        ids, labels = torch.randint(7, (2, *shape), generator=torch.Generator().manual_seed(0))
+        norms, total = brute_force(plain, target_loss, (ids, labels), 0.1)
+        model.zero_grad()
+        stats = engine.backward(target_loss(body, ids, labels))
+        torch.testing.assert_close(stats.norms, norms, rtol=1e-9, atol=0)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, total[name], rtol=1e-9, atol=1e-12)
+    torch.compiler.reset()
+
+
 def test_several_forward_passes_in_one_loss():
     """Pairs: both towers share their weights, each is a use of its own."""
 
