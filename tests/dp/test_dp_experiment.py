@@ -1,5 +1,7 @@
 """The chapter's register: every experiment runs at smoke without data, and what it measures is what it declares."""
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from oral4.dp import experiment, speed
 from oral4.errors import OralError
 from oral4.measure.experiment import list_experiments, run_experiment
-from oral4.measure.record import Record
+from oral4.measure.record import Record, list_records, load_record
 from oral4.measure.timing import Timing
 
 BY_NAME = {entry.name: entry for entry in experiment.EXPERIMENTS}
@@ -39,6 +41,21 @@ def test_the_quick_ones_make_a_record(name, monkeypatch):
     for metric in record.metrics:
         (value,) = record.values[metric]
         assert all(math.isfinite(number) for number in (value if isinstance(value, tuple) else (value,))), metric
+
+
+UNREAD = {"dp/batch": {"rates", "ordinary_rates"}}  # it has a grid of its own
+
+
+@pytest.mark.parametrize("name", [name.removesuffix("-mini") for name in list_records() if name.startswith("dp/")])
+def test_a_kept_record_is_of_the_scale_as_it_stands(name):
+    """Otherwise `oral4 run` would not repeat what the book prints."""
+    record, config = load_record(f"{name}-mini"), BY_NAME[name].configure("mini")
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = json.loads(json.dumps(record.config))
+    assert set(kept) == set(now)
+    assert {field for field in kept if kept[field] != now[field]} <= UNREAD.get(name, set())
+    assert len(record.seeds) >= 3
+    assert not record.dirty
 
 
 def test_a_cost_is_the_median_of_ratios_within_a_round():
