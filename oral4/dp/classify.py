@@ -750,7 +750,7 @@ class GeometryConfig(ReviewConfig):
     gradients: int = 120
     "Updates whose clipped mean gradient is kept."
     blocks: int = 2
-    "The query and value matrices of the last so many blocks are trained, as in the follow-up paper those of all."
+    "The head and the query and value layers of the last so many blocks are trained; the follow-up paper takes all blocks."
     gradient_batch: int = 64
     "Examples of each of these updates."
     rank: int = 60
@@ -800,6 +800,8 @@ def run_geometry(config: GeometryConfig, seed: int) -> dict[str, Any]:
         for block in encoder.encoder.layer[-config.blocks :]:
             block.attention.self.query.requires_grad_(True)
             block.attention.self.value.requires_grad_(True)
+        # clipped gradients are equally long, so the larger class outweighs the other; a fixed head cannot make up for it
+        model.head.requires_grad_(True)
         return model
 
     def accuracy(model: nn.Module) -> float:
