@@ -10,6 +10,7 @@ stand in for encoder and data where the code is to be tried.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import math
@@ -756,20 +757,19 @@ class GeometryConfig(ReviewConfig):
     rank: int = 60
     "Eigenvalues; the fit of the decay is over the second to this."
     kept: tuple[int, ...] = (10, 60)
-    "Directions that a second fine-tuning is confined to, in rising order."
+    "Directions that a second fine-tuning is confined to, in rising order; step sizes are chosen at the last."
     epsilon: float = 8.0
     "Budget of the second fine-tuning; it is void where the directions come from the private gradients."
-    rate: float = 1e-3
-    "Step size."
+
     @classmethod
     def smoke(cls) -> GeometryConfig:
         """Take a random encoder and generated reviews: seconds."""
-        return cls(**_SMOKE, gradients=12, blocks=1, gradient_batch=16, rank=8, kept=(2, 4), rate=1e-2)
+        return cls(**_SMOKE, gradients=12, blocks=1, gradient_batch=16, rank=8, kept=(2, 4))
 
     @classmethod
     def mini(cls) -> GeometryConfig:
         """Keep a hundred and twenty gradients."""
-        return cls(train=2000)
+        return cls(train=2000, batch_size=250, rates=(1e-4, 3e-4, 1e-3, 3e-3))
 
     @classmethod
     def gpu(cls) -> GeometryConfig:
@@ -778,8 +778,78 @@ class GeometryConfig(ReviewConfig):
 
 
 GEOMETRY_UNITS = dict.fromkeys(
-    ("parameters", "values", "decay", "explained", "noise_explained", "kept", "all", "top", "random", "start",
-     "top_cost", "top_over_random", "majority"), "")  # fmt: skip
+    ("parameters", "values", "decay", "explained", "noise_explained", "head_share", "kept", "all", "top", "random", "start",
+     "top_cost", "top_over_random", "all_rate", "top_rate", "random_rate", "at_edge", "majority"), "")  # fmt: skip
+
+
+def _started(config: GeometryConfig, reviews: Reviews, seed: int) -> nn.Module:
+    """Return a classifier whose head has been trained on other phrases, and what is to be trained next set so."""
+    model = build_classifier(config, seed, method="head")
+    recipe = config.recipe(None, config.ordinary_head_rate)  # the head alone is trained here
+    fine_tune(model, reviews.others or reviews.train, classification_losses, reviews.collate, recipe, seed)
+    encoder: Any = model.encoder
+    model.requires_grad_(False)
+    for block in encoder.encoder.layer[-config.blocks :]:
+        block.attention.self.query.requires_grad_(True)
+        block.attention.self.value.requires_grad_(True)
+    # clipped gradients are equally long, so the larger class outweighs the other; a fixed head cannot make up for it
+    model.head.requires_grad_(True)
+    return model
+
+
+def _gradients(config: GeometryConfig, reviews: Reviews, seed: int, start: nn.Module, rate: float) -> Tensor:
+    """Return the clipped mean gradients of a private training, (updates, parameters)."""
+    kept: list[Tensor] = []
+
+    def keep(parameters: Sequence[nn.Parameter]) -> None:
+        kept.append(flat_gradient(parameters).cpu() / config.gradient_batch)
+
+    epochs = config.gradients * config.gradient_batch / len(reviews.train)
+    recipe = config.recipe(config.epsilon, rate, batch_size=config.gradient_batch, epochs=epochs, schedule="constant")
+    model = copy.deepcopy(start)
+    fine_tune(model, reviews.train, classification_losses, reviews.collate, recipe, seed, between=keep)
+    return torch.stack(kept)
+
+
+def _confined(
+    config: GeometryConfig, reviews: Reviews, seed: int, start: nn.Module, rate: float, projection: SubspaceProjection | None
+) -> nn.Module:
+    """Return the model after a private training whose clipped sums are projected, if there is a projection."""
+    model = copy.deepcopy(start)
+    between = None if projection is None else projection.apply_
+    recipe = config.recipe(config.epsilon, rate)
+    fine_tune(model, reviews.train, classification_losses, reviews.collate, recipe, seed, between=between)
+    return model
+
+
+def _leading(directions: Tensor, few: int) -> SubspaceProjection:
+    return SubspaceProjection(directions[:few].float(), i_know_this_is_not_private=True)
+
+
+def _drawn(size: int, few: int, seed: int) -> SubspaceProjection:
+    generator = torch.Generator().manual_seed(derive_seed(seed, f"directions-{few}"))
+    return SubspaceProjection(random_directions(few, size, generator=generator).float(), public=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _geometry_choices(config: GeometryConfig) -> dict[str, Choice]:
+    """Return the step sizes of the three ways of training: chosen once for all seeds, on records and directions of their own."""
+    reviews = load_reviews(config, TUNING_SEED)
+    start = _started(config, reviews, TUNING_SEED)
+
+    def choose(projection: SubspaceProjection | None) -> Choice:
+        def score(rate: float) -> float:
+            model = _confined(config, reviews, TUNING_SEED, start, rate, projection)
+            return right_answers(model, reviews.tuning, reviews.collate).double().mean().item()
+
+        return choose_rate(score, config.rates)
+
+    found = {"all": choose(None)}
+    gradients = _gradients(config, reviews, TUNING_SEED, start, found["all"].rate)
+    few = min(config.rank, config.kept[-1], len(gradients) - 1)
+    found["top"] = choose(_leading(gradient_pca(gradients, few, method="gram").directions, few))
+    found["random"] = choose(_drawn(gradients.shape[1], few, TUNING_SEED))
+    return found
 
 
 def run_geometry(config: GeometryConfig, seed: int) -> dict[str, Any]:
@@ -787,63 +857,43 @@ def run_geometry(config: GeometryConfig, seed: int) -> dict[str, Any]:
 
     The directions come from private gradients, so only the runs without confinement and with random directions would keep
     a guarantee. ``explained`` is the share of the mean square length within ``rank`` directions, ``noise_explained`` the
-    same of as many vectors of pure noise.
+    same of as many vectors of pure noise; ``head_share`` is the share of the former that lies in the head. Each of the
+    three ways of training has a step size of its own.
     """
     reviews = load_reviews(config, seed)
-
-    def build() -> nn.Module:
-        model = build_classifier(config, seed, method="head")
-        recipe = config.recipe(None, config.ordinary_head_rate)  # the head alone is trained here
-        fine_tune(model, reviews.others or reviews.train, classification_losses, reviews.collate, recipe, seed)
-        encoder: Any = model.encoder
-        model.requires_grad_(False)
-        for block in encoder.encoder.layer[-config.blocks :]:
-            block.attention.self.query.requires_grad_(True)
-            block.attention.self.value.requires_grad_(True)
-        # clipped gradients are equally long, so the larger class outweighs the other; a fixed head cannot make up for it
-        model.head.requires_grad_(True)
-        return model
+    choices = _geometry_choices(config)
+    start = _started(config, reviews, seed)
 
     def accuracy(model: nn.Module) -> float:
         return right_answers(model, reviews.test, reviews.collate).double().mean().item()
 
-    model = build()
-    found: dict[str, Any] = {"start": accuracy(model), "parameters": float(num_trained(model))}
-    kept_gradients: list[Tensor] = []
-
-    def keep(parameters: Sequence[nn.Parameter]) -> None:
-        kept_gradients.append(flat_gradient(parameters).cpu() / config.gradient_batch)
-
-    epochs = config.gradients * config.gradient_batch / len(reviews.train)
-    recipe = config.recipe(config.epsilon, config.rate, batch_size=config.gradient_batch, epochs=epochs, schedule="constant")
-    fine_tune(model, reviews.train, classification_losses, reviews.collate, recipe, seed, between=keep)
-    stack = torch.stack(kept_gradients)
+    found: dict[str, Any] = {"start": accuracy(start), "parameters": float(num_trained(start))}
+    stack = _gradients(config, reviews, seed, start, choices["all"].rate)
     rank = min(config.rank, len(stack) - 1)
     spectrum = gradient_pca(stack, rank, method="gram")
-    generator = torch.Generator().manual_seed(derive_seed(seed, "noise"))
-    noise = torch.randn(stack.shape, generator=generator)
+    size = stack.shape[1]
+    noise = torch.randn(stack.shape, generator=torch.Generator().manual_seed(derive_seed(seed, "noise")))
     found["values"] = (spectrum.values / spectrum.total).tolist()
     found["decay"] = spectrum.decay(first=2)[0]
     found["explained"] = spectrum.explained()[-1].item()
     found["noise_explained"] = gradient_pca(noise, rank, method="gram").explained()[-1].item()
+    head: Any = start.head
+    width = num_trained(head)  # the head comes last among the parameters
+    in_head = spectrum.directions[:, -width:].square().sum(1)
+    found["head_share"] = ((spectrum.values * in_head).sum() / spectrum.values.sum()).item()
     del noise, stack
 
-    def confined(projection: SubspaceProjection | None) -> float:
-        model = build()
-        between = None if projection is None else projection.apply_
-        recipe = config.recipe(config.epsilon, config.rate)
-        fine_tune(model, reviews.train, classification_losses, reviews.collate, recipe, seed, between=between)
-        return accuracy(model)
+    def confined(way: str, projection: SubspaceProjection | None) -> float:
+        return accuracy(_confined(config, reviews, seed, start, choices[way].rate, projection))
 
-    found["all"] = confined(None)
-    found["kept"] = [float(min(rank, few)) for few in config.kept]
-    found["top"], found["random"] = [], []
-    for few in config.kept:
-        top = spectrum.directions[: min(rank, few)].float()
-        found["top"].append(confined(SubspaceProjection(top, i_know_this_is_not_private=True)))
-        drawn = random_directions(len(top), top.shape[1], generator=generator).float()
-        found["random"].append(confined(SubspaceProjection(drawn, public=True)))
+    kept = [min(rank, few) for few in config.kept]
+    found["all"] = confined("all", None)
+    found["kept"] = [float(few) for few in kept]
+    found["top"] = [confined("top", _leading(spectrum.directions, few)) for few in kept]
+    found["random"] = [confined("random", _drawn(size, few, seed)) for few in kept]
     found["top_cost"] = found["all"] - found["top"][-1]
     found["top_over_random"] = found["top"][-1] - found["random"][-1]
+    found |= {f"{way}_rate": choice.rate for way, choice in choices.items()}
+    found["at_edge"] = sum(choice.at_edge for choice in choices.values()) / len(choices)
     found["majority"] = _majority(reviews)
     return found
