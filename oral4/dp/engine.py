@@ -17,6 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from oral4.dp.fused import (
+    fused_runs_on,
+    gram_parts,
+    write_out_parts,
+)
 from oral4.dp.layers import (
     Call,
     Hook,
@@ -48,7 +53,7 @@ from oral4.dp.norms import (
 )
 
 # %% auto #0
-__all__ = ['NET_GROWTH', 'clip_factors', 'group_of', 'quantile_step', 'clipped_sum_reference', 'ClipStats', 'ClipEngine']
+__all__ = ['SMALL', 'NET_GROWTH', 'clip_factors', 'group_of', 'quantile_step', 'clipped_sum_reference', 'ClipStats', 'ClipEngine']
 
 # %% ../../nbs/dp/03_engine.ipynb #6e7474ef
 def clip_factors(norms: Tensor, bound: float | Tensor, *, automatic: float | None = None, stability: float = 0.0) -> Tensor:
@@ -278,8 +283,11 @@ def _plan(calls: Sequence[Call], numbers: _Numbers, batch: int, rule: str, budge
         positions = sum(call.extra[0] for call in uses) / batch
         _, outputs, inputs = uses[0].extra
         leaf = uses[0].leaves[uses[0].names.index("weight")]
-        price = cost(batch, math.ceil(positions), outputs, inputs, machine=machine or machine_for(leaf.device, leaf.dtype))
-        gradient = int(4 * batch * positions * outputs)
+        dtype = uses[0].cast or leaf.dtype
+        price = cost(
+            batch, math.ceil(positions), outputs, inputs, itemsize=dtype.itemsize, machine=machine or machine_for(leaf.device, dtype)
+        )
+        gradient = int(dtype.itemsize * batch * positions * outputs)
         kept += gradient
         rules[slot] = "gram" if rule == "auto" else rule
         if price.saved > 0 and slot not in tables:  # a tied embedding is looked up at the ids: never written out
@@ -296,6 +304,9 @@ def _plan(calls: Sequence[Call], numbers: _Numbers, batch: int, rule: str, budge
         row["rule"] = rules[slot]
     return _Plan(dict(counts), rules, report)
 
+
+SMALL = {"cpu": CHUNK, "cuda": 2**14}
+"Parameters with at most so many entries are served side by side: few large operations in place of many small ones."
 
 NET_GROWTH = 1.5
 "Default budget of written-out gradients, less the output gradients they replace, in multiples of all output gradients."
@@ -349,7 +360,13 @@ class _Sweep:
         self.written: dict[int, Tensor] = {}
         self.seen: dict[int, int] = defaultdict(int)
         self.squares: dict[int, list[Tensor]] = defaultdict(list)
-        self.small: dict[tuple[int, torch.dtype], list[Tensor]] = defaultdict(list)
+        self.small: dict[tuple[int, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+        self.parts: dict[int, list[Tensor]] = defaultdict(list)
+        "Of each group: what kernels found, (B, any number) each; all is added up at the end."
+        self.served: dict[int, Dense] = {}
+        "What has its norm already."
+        self.joined: list[tuple[int, list[int], Tensor]] = []
+        "Group, numbers of parameters, and their per-example gradients side by side, (B, sum of sizes)."
         self.checks: list[tuple[str, Tensor]] = []
 
     def book(self, call: Call, forms: dict[str, Form]) -> None:
@@ -374,7 +391,7 @@ class _Sweep:
             return False
         if self.plan.rules.get(slots["weight"]) != "gram" or any(self.plan.counts[slot] > 1 for slot in slots.values()):
             return False
-        self.squares[self.groups[slots["weight"]]].append(outer_norm2(outer, bias=True, rule="gram"))
+        self._outer(self.groups[slots["weight"]], outer, "gram", bias=True)
         if self.keep:
             kept, bias = self._stored(outer), forms["bias"]
             assert isinstance(bias, Outer) and bias.g is outer.g  # so one copy in a smaller type serves both
@@ -388,7 +405,8 @@ class _Sweep:
         elif len(form.shape) == 1:
             self.uses[slot].append(Dense(per_example(form)))  # a bias, summed over positions, is small
         elif self.plan.rules.get(slot) == "instantiate":
-            self._write_out(slot, form)
+            if not self._write_out_fused(slot, form):
+                self._write_out(slot, form)
         else:
             self.uses[slot].append(form)
 
@@ -406,14 +424,37 @@ class _Sweep:
         grad = flat.view(len(form.g), *form.shape)
         self.uses[slot].append(Dense(grad.mT if swapped else grad))
 
+    def _outer(self, group: int, use: Outer, rule: str, *, bias: bool = False) -> None:
+        """Note the squared norm of a matrix that was used once, or its parts."""
+        if rule == "gram" and use.g.dim() == 3 and use.a.dtype == use.g.dtype and fused_runs_on(use.g.device, use.g.dtype):
+            self.parts[group].append(gram_parts(use.a, use.g, bias=bias))
+        else:
+            self.squares[group].append(outer_norm2(use, bias=bias, rule=rule))
+
+    def _write_out_fused(self, slot: int, form: Outer) -> bool:
+        """Serve a matrix in bfloat16 that is used once by a kernel that finds the norm while it writes, if there is one.
+
+        Not in float16: a gradient that is written out may be too large for it.
+        """
+        brief = form.g.dtype == form.a.dtype == torch.bfloat16 and form.g.dim() == 3
+        if not brief or self.plan.counts[slot] > 1 or not fused_runs_on(form.g.device, form.g.dtype):
+            return False
+        grads, parts = write_out_parts(form.rows, form.columns)
+        self.parts[self.groups[slot]].append(parts)
+        if self.keep:
+            self.served[slot] = Dense(grads.view(len(grads), *form.shape))
+        return True
+
     def _close(self, slot: int) -> None:
         """Take the norm of a parameter whose last use has arrived."""
         uses, group = self.uses.pop(slot), self.groups[slot]
         only = uses[0] if len(uses) == 1 else None
         if isinstance(only, Outer):
-            self.squares[group].append(outer_norm2(only, rule=self.plan.rules.get(slot, "auto")))
-        elif isinstance(only, Dense) and only.grad[0].numel() <= CHUNK:  # of these there are many: all in one go, at the end
-            self.small[group, only.grad.dtype].append(only.grad.flatten(1))
+            self._outer(group, only, self.plan.rules.get(slot, "auto"))
+        elif isinstance(only, Dense) and only.grad[0].numel() <= SMALL.get(only.grad.device.type, CHUNK):
+            self.small[group, only.grad.dtype].append((slot, only.grad.flatten(1)))  # there are many: all in one go, at the end
+            self.written.pop(slot, None)
+            return
         else:
             self.squares[group].append(norm2(uses))
         self.written.pop(slot, None)
@@ -427,8 +468,14 @@ class _Sweep:
 
     def total(self, num_groups: int, like: Tensor) -> Tensor:
         """Return the squared norms of all groups, (B, groups)."""
-        for (group, _), grads in self.small.items():
-            self.squares[group].append(square_sum(torch.cat(grads, dim=1)))
+        for (group, _), entries in self.small.items():
+            side_by_side = torch.cat([grad for _, grad in entries], dim=1)
+            self.squares[group].append(square_sum(side_by_side))
+            if self.keep:
+                self.joined.append((group, [slot for slot, _ in entries], side_by_side))
+        self.small.clear()
+        for group, pieces in self.parts.items():
+            self.squares[group].append(torch.cat(pieces, dim=1).sum(1, dtype=torch.float64))
         none = [torch.zeros(self.batch, dtype=torch.float32 if like.device.type == "mps" else torch.float64, device=like.device)]
         return torch.stack([torch.stack([x.to(none[0]) for x in self.squares[k] or none]).sum(0) for k in range(num_groups)], 1)
 
@@ -811,6 +858,11 @@ class ClipEngine(_Attached):
             if sweep.keep:
                 for slot in list(sweep.uses):
                     deposit(slot, *sweep.uses.pop(slot))
+                for slot in list(sweep.served):
+                    deposit(slot, sweep.served.pop(slot))
+                for group, slots, grads in sweep.joined:
+                    side_by_side = without(Dense(grads), bad) if nonfinite else Dense(grads)
+                    self._deposit_joined([numbers.parameters[slot] for slot in slots], side_by_side, factors[:, group])
             else:
                 sweep = self._new_sweep(losses, calls, numbers, groups)
                 sweep.deposit = deposit
@@ -844,6 +896,17 @@ class ClipEngine(_Attached):
                 p.grad = weighted(use, factors).to(p.dtype).view(p.shape)
             else:
                 weighted(use, factors, out=p.grad)
+
+    def _deposit_joined(self, parameters: Sequence[nn.Parameter], use: Form, factors: Tensor) -> None:
+        """Add the clipped sums of parameters whose per-example gradients lie side by side: one product for all."""
+        parts = weighted(use, factors).split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            if self.sink is not None:
+                self.sink(p, part.view(p.shape))
+            elif p.grad is None:
+                p.grad = part.to(p.dtype).view(p.shape)
+            else:
+                p.grad.add_(part.view(p.shape))
 
     def _by_definition(self, losses: Tensor, calls: Sequence[Call], numbers: _Numbers, retain_graph: bool) -> ClipStats:
         """Clip with a backward pass for each example."""

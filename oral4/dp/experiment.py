@@ -14,7 +14,7 @@ import torch
 from ..errors import OralError
 from ..measure.experiment import Experiment
 from ..measure.timing import Timing
-from . import classify, speed, worlds
+from . import classify, gpu_cost, speed, worlds
 
 # %% auto #0
 __all__ = ['CASES', 'OWN_METHODS', 'OPACUS_METHODS', 'PEER_METHODS', 'ACCURACY', 'EXPERIMENTS', 'CostConfig', 'cost_units',
@@ -215,5 +215,14 @@ EXPERIMENTS: tuple[Any, ...] = (
         tolerance={f"{case}_ours_time": 0.1 for case in CASES},
         better={f"worst_{_key(name)}_{kind}": "lower" for name in ("ours", *PEER_METHODS) for kind in ("time", "memory")},
         origin=dict.fromkeys(OPACUS_METHODS, "github.com/pytorch/opacus"),
+    ),
+    Experiment(
+        name="dp/cost_gpu",
+        summary="Published sizes on a GPU: time of a clipped gradient, and how many texts fit",
+        config=gpu_cost.GpuCostConfig,
+        run=gpu_cost.run_gpu_cost,
+        units=gpu_cost.GPU_COST_UNITS,
+        tolerance={"worst_time": 0.1, "least_room": 0.05},
+        better={"worst_time": "lower", "mean_time": "lower", "least_room": "higher"},
     ),
 )

@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from oral4.dp.fused import (
+    aligned,
+    fused_runs_on,
+)
 from oral4.dp.norms import (
     Dense,
     Form,
@@ -207,9 +212,15 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
+@lru_cache(maxsize=64)
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for later calls, which may not be in inference mode
+        return torch.ones((), dtype=dtype, device=device)
+
+
 def _bias_form(g: Tensor) -> Outer:
     """Return a bias as what it is: the weight of a feature that is always one."""
-    return Outer(g.new_ones(()).expand(*g.shape[:-1], 1), g, shape=(g.shape[-1] * (g.shape[1] if g.dim() == 4 else 1),))
+    return Outer(_one(g.dtype, g.device).expand(*g.shape[:-1], 1), g, shape=(g.shape[-1] * (g.shape[1] if g.dim() == 4 else 1),))
 
 
 class _Linear(Layer):
@@ -218,15 +229,30 @@ class _Linear(Layer):
     rule_applies = True
     transposed = False
 
+    def attach(self) -> None:
+        """Watch what goes in as well."""
+        super().attach()
+        self.handles.append(self.module.register_forward_pre_hook(Hook(self.before), with_kwargs=True))
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Round the input as autocast would: what the engine keeps and what autograd keeps are then one tensor."""
+        x = args[0] if args else kwargs.get(self.argument)
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type) or not self.active():
+            return None
+        rounded = x.to(torch.get_autocast_dtype(x.device.type))
+        return ((rounded, *args[1:]), kwargs) if args else (args, kwargs | {self.argument: rounded})
+
     def prepare(self, call: Call, x: Tensor, output: Tensor) -> None:
-        if x.dtype != output.dtype:
-            call.cast = output.dtype  # autocast: what was multiplied is the rounded input
+        if x.dtype != output.dtype or x.dtype in (torch.bfloat16, torch.float16):
+            call.cast = output.dtype  # what was multiplied is rounded: factors leave a margin for it
         positions = math.prod(output.shape[:-1])
         call.extra = (positions, output.shape[-1], x.shape[-1])
 
     def forms(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, Form]:
         assert grads[0] is not None
         g = _flat(grads[0])
+        if "weight" in call.names and fused_runs_on(g.device, g.dtype):
+            g = aligned(g)
         forms: dict[str, Form] = {}
         if "weight" in call.names:
             forms["weight"] = Outer(_flat(saved[0]), g, self.transposed)

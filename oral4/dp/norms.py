@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .fused import factor_sum, fused_runs_on, gram_parts, layer_norm_parts, scaled
 
 # %% auto #0
 __all__ = ['Form', 'CHUNK', 'GRAM_BYTES', 'SYMMETRIC', 'NEAR', 'MACHINES', 'Outer', 'Rows', 'Dense', 'per_example', 'square_sum',
@@ -142,6 +144,8 @@ def per_example(use: Form) -> Tensor:
     if isinstance(use, Dense):
         return use.grad
     if isinstance(use, Outer):
+        if use.a.dim() == 3:
+            return _products(use.rows.mT, use.columns.mT).reshape(len(use.a), *use.shape)
         rows, columns = _wide(use.rows), _wide(use.columns)
         return (rows.mT @ columns).reshape(rows.shape[0], *use.shape)
     grad = _wide(use.g)
@@ -234,6 +238,8 @@ def _strips(batch: int, length: int, width: int) -> Iterator[tuple[int, int]]:
 
 def _gram(rows: Tensor, columns: Tensor, bias: bool) -> Tensor:
     """Return ``sum_st (r_s . r_t) (c_s . c_t + bias)`` of every example, (B,)."""
+    if rows.dtype == columns.dtype and fused_runs_on(rows.device, rows.dtype):
+        return gram_parts(columns, rows, bias=bias).sum(1, dtype=torch.float64)
     batch, length = rows.shape[:2]
     total = _zeros(batch, rows.device)
     part = -(-length // num_strips(length, rows.device.type))
@@ -309,6 +315,9 @@ def write_out(use: Outer, out: Tensor | None = None, *, add: bool = False) -> Te
     if out is None:
         return _products(rows.mT, columns.mT).view(len(use.a), *use.shape)
     target = out.view(len(rows), rows.shape[-1], columns.shape[-1])
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and not add and _has_out_dtype():
+        torch.bmm(rows.mT, columns, out_dtype=torch.float32, out=target)
+        return out
     rows, columns = rows.to(out.dtype), columns.to(out.dtype)
     if add:
         target.baddbmm_(rows.mT, columns)
@@ -509,6 +518,10 @@ def layer_norm_grads(
     tuple of (Tensor or None), in float32 or float64
     """
     keep = len(normalized_shape)
+    if keep == 1 and x.dtype == g.dtype and fused_runs_on(g.device, g.dtype, products=False):
+        width = normalized_shape[0]
+        sums = layer_norm_parts(x.reshape(len(x), -1, width), g.reshape(len(g), -1, width), eps, weight=weight).sum(1)
+        return sums[:, 0] if weight else None, sums[:, 1] if bias else None
     step = len(x) if x.device.type != "cpu" else max(1, NEAR // max(1, x[0].numel()))
     scales, shifts = [], []
     for part, grad in zip(x.split(step), _wide(g).split(step), strict=True):
@@ -671,6 +684,8 @@ def weighted(use: Form, factors: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _weighted_dense(use: Dense, factors: Tensor, out: Tensor | None) -> Tensor:
+    if out is None and use.grad.dtype in (torch.bfloat16, torch.float16) and fused_runs_on(use.grad.device, use.grad.dtype):
+        return factor_sum(use.grad, factors)
     grad = _wide(use.grad)
     ordered = _in_memory_order(grad)
     flat = ordered.reshape(len(grad), -1)
@@ -694,9 +709,9 @@ def _weighted_outer(use: Outer, factors: Tensor, out: Tensor | None) -> Tensor:
     factor = factors.view(-1, *(1,) * (use.a.dim() - 1))
     rows, columns = use.rows, use.columns
     if rows.shape[-1] < columns.shape[-1]:
-        rows = (rows * factor).to(columns.dtype)
+        rows = _scaled(rows, factor, columns.dtype)
     else:
-        columns = (columns * factor).to(rows.dtype)
+        columns = _scaled(columns, factor, rows.dtype)
     if rows.dim() == 4:  # (G, rows, B T) @ (G, B T, columns)
         rows, columns = (x.transpose(0, 1).flatten(1, 2) for x in (rows, columns))
         if out is None:
@@ -708,6 +723,13 @@ def _weighted_outer(use: Outer, factors: Tensor, out: Tensor | None) -> Tensor:
         return _matrix_product(rows, columns).view(use.shape)
     out.view(rows.shape[-1], columns.shape[-1]).addmm_(rows.T, columns)
     return out
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x times the factor, multiplied in the factor's type and rounded once, to ``dtype``."""
+    if dtype in (torch.bfloat16, torch.float16) and fused_runs_on(x.device, x.dtype) and min(x.shape[1:]) > 1:
+        return scaled(x, factor.flatten(), dtype)  # nothing wider is written on the way
+    return (x * factor).to(dtype)
 
 
 def _matrix_product(rows: Tensor, columns: Tensor) -> Tensor:
@@ -772,21 +794,32 @@ class Machine:
     "Multiplications and additions of a large product of matrices, each second."
     bandwidth: float
     "Bytes read or written, each second."
+    fused: float = 0.0
+    "If tables are not written but summed where they arise (`oral4.dp.fused`): `flops` of these products, else 0."
+    itemsize: int = 4
+    "Bytes of a number of a gradient that is written out."
 
 
 MACHINES = {
     "cpu": Machine("cpu", 1.2e11, 1e10),
     "cuda-16": Machine("cuda", 5e14, 3e12),
     "cuda-32": Machine("cuda", 4e13, 3e12),
+    "cuda-16-fused": Machine("cuda", 5e14, 3e12, fused=4e14, itemsize=2),
+    "cuda-32-fused": Machine("cuda", 2.5e14, 3e12, fused=1.9e14),
 }
-"One core of a server, and one H100 in bfloat16 and in float32: rates that large products reach, rounded."
+"""One core of a server, and one H100 in bfloat16 and in float32, with the kernels of `oral4.dp.fused` and without: rates
+that large products reach, rounded."""
 
 
 def machine_for(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Machine:
     """Return the constants of a kind of device. They are fixed, so that a run repeated takes the same rules."""
     if torch.device(device).type == "cpu":
         return MACHINES["cpu"]
-    return MACHINES["cuda-16" if dtype in (torch.bfloat16, torch.float16) else "cuda-32"]
+    kind = "cuda-16" if dtype in (torch.bfloat16, torch.float16) else "cuda-32"
+    if not fused_runs_on(torch.device(device), dtype):
+        return MACHINES[kind]
+    machine = MACHINES[kind + "-fused"]
+    return replace(machine, itemsize=4) if dtype == torch.float16 else machine  # it is written out in float32
 
 
 @dataclass(frozen=True)
@@ -829,11 +862,15 @@ def cost(
     """
     machine = machine or MACHINES["cpu"]
     positions = length * uses
-    strips = num_strips(positions, machine.device)
-    gram = 2 * batch * positions**2 * (inputs + outputs) * (strips + 1) / (2 * strips) / machine.flops
+    strips = -(-positions // 128) if machine.fused else num_strips(positions, machine.device)
+    gram = 2 * batch * positions**2 * (inputs + outputs) * (strips + 1) / (2 * strips) / (machine.fused or machine.flops)
     gram += 2 * batch * positions * min(inputs, outputs) * itemsize / machine.bandwidth
-    gram += 6 * batch * positions**2 * 4 / machine.bandwidth
-    size = batch * inputs * outputs * 4
+    if not machine.fused:
+        gram += 6 * batch * positions**2 * 4 / machine.bandwidth
+    size = batch * inputs * outputs * machine.itemsize
+    if machine.itemsize < 4:  # the norm comes with it; our own product takes about half as long again as the library's
+        slower = batch * positions * inputs * outputs / machine.flops
+        return Cost(gram, 2 * size / machine.bandwidth + slower, size)
     return Cost(gram, 3 * size / machine.bandwidth, size)
 
 

@@ -1,6 +1,6 @@
-"""What a clipped gradient costs beside an ordinary one: three language models, several methods, one interleaved run.
+"""What a clipped gradient costs beside an ordinary one: several models and methods, one interleaved run.
 
->>> list(CASES), sorted(METHODS)[:2]
+>>> list(CASES)[:4], sorted(METHODS)[:2]
 (['s8', 's50', 'distil', 'tiny'], ['non-private', 'official-two-pass'])
 
 A method is a function that leaves a gradient in ``p.grad``: no optimiser, no noise, the same model and batch for all.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ from oral4.dp.norms import Outer, embedding_rows, layer_norm_grads, norm2, outer
 from oral4.errors import require
 from oral4.measure.timing import Timing, compare, peak_memory
 
-__all__ = ["CASES", "METHODS", "Case", "build", "memory_growth", "times"]
+__all__ = ["CASES", "METHODS", "Case", "Step", "build", "draw_ids", "losses_of", "memory_growth", "times"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A GPT-2 whose last layer is not tied to its embedding, and a batch."""
+    """A language model with random weights, and a batch."""
 
     name: str
     layers: int
@@ -35,6 +35,12 @@ class Case:
     vocabulary: int
     batch: int
     length: int
+    kind: Literal["gpt2", "roberta"] = "gpt2"
+    "RoBERTa has a classifier of two classes on top."
+    tied: bool = False
+    "Whether the last layer of a GPT-2 is its embedding, as published."
+    half: bool = False
+    "Whether the forward pass runs under autocast in bfloat16."
 
 
 CASES = {
@@ -46,54 +52,103 @@ CASES = {
 "Sizes of the comparison, and a tiny one for tests."
 
 
+class _Half(nn.Module):
+    """A model that runs under autocast in bfloat16, as its user would run it."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model."""
+        with torch.autocast(inputs["input_ids"].device.type, dtype=torch.bfloat16):
+            return self.model(**inputs)
+
+
 def build(case: Case, *, device: str = "cpu", seed: int = 0) -> tuple[nn.Module, Tensor]:
     """Return the model of a case, in training mode without dropout, and ids (B, T)."""
     transformers = require("transformers", "language")
-    config = transformers.GPT2Config(
-        vocab_size=case.vocabulary,
-        n_positions=max(case.length, 8),
-        n_embd=case.width,
-        n_layer=case.layers,
-        n_head=case.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        tie_word_embeddings=False,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
+    positions = max(case.length, 8)
+    if case.kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=case.vocabulary,
+            n_positions=positions,
+            n_embd=case.width,
+            n_layer=case.layers,
+            n_head=case.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=case.tied,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        make = transformers.GPT2LMHeadModel
+    else:
+        config = transformers.RobertaConfig(
+            vocab_size=case.vocabulary,
+            max_position_embeddings=positions + 2,
+            hidden_size=case.width,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.heads,
+            intermediate_size=4 * case.width,
+            type_vocab_size=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=2,
+        )
+        make = transformers.RobertaForSequenceClassification
+    devices = [] if device == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices), torch.device(device):  # the larger ones take long to draw on a CPU
         torch.manual_seed(seed)
-        model = transformers.GPT2LMHeadModel(config).train()
+        model = make(config).train()
+    return (_Half(model) if case.half else model), draw_ids(case, case.batch, device=device, seed=seed)
+
+
+def draw_ids(case: Case, batch: int, *, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Return random ids, (batch, T)."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, case.vocabulary, (case.batch, case.length), generator=generator)
-    return model.to(device), ids.to(device)
+    first = 0 if case.kind == "gpt2" else 4  # the first few mean padding and the like
+    return torch.randint(first, case.vocabulary, (batch, case.length), generator=generator).to(device)
 
 
-def losses_of(model: nn.Module, ids: Tensor, *, positions: bool = False) -> Tensor:
-    """Return the mean loss over each example's tokens, (B,)."""
+def losses_of(model: Any, ids: Tensor, *, positions: bool = False) -> Tensor:
+    """Return one loss for each example, (B,): the mean over its tokens, or that of its class, the parity of its first id."""
     more = {"position_ids": torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)} if positions else {}
-    logits = model(input_ids=ids, **more).logits[:, :-1]
-    flat = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    logits = model(input_ids=ids, **more).logits
+    if logits.dim() == 2:
+        return nn.functional.cross_entropy(logits.float(), ids[:, 0] % 2, reduction="none")
+    logits = logits[:, :-1]
+    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    flat = nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return flat.view(len(ids), -1).mean(1)
 
 
-def non_private(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+Step = Callable[..., None]
+"Leaves a gradient in ``p.grad``; of other ids (B, T), if they are given."
+
+
+def _needs_positions(model: Any) -> bool:
+    """Return whether the model looks up one row of positions for the whole batch if it is not given one each."""
+    return model.config.model_type == "gpt2"
+
+
+def non_private(model: nn.Module, ids: Tensor) -> Step:
     """Return the ordinary gradient of the mean loss."""
 
-    def step() -> None:
+    def step(ids: Tensor = ids) -> None:
         model.zero_grad(set_to_none=True)
         losses_of(model, ids).mean().backward()
 
     return step
 
 
-def _ours(**options: Any) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
-    def prepare(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+def _ours(**options: Any) -> Callable[[nn.Module, Tensor], Step]:
+    def prepare(model: nn.Module, ids: Tensor) -> Step:
         engine = ClipEngine(model, 0.1, **options)
 
-        def step() -> None:
+        def step(ids: Tensor = ids) -> None:
             model.zero_grad(set_to_none=True)
             engine.backward(losses_of(model, ids))
 
@@ -102,13 +157,14 @@ def _ours(**options: Any) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
     return prepare
 
 
-def official_two_pass(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+def official_two_pass(model: nn.Module, ids: Tensor) -> Step:
     """Return two ordinary backward passes, as the paper's own algorithm: gather norms, then weigh the losses.
 
     The first pass also computes the weights' gradients, which are thrown away. Norms are by this book's formulas.
     """
     arrived: list[tuple[nn.Module, Tensor, Tensor]] = []
     listening = True
+    positions = _needs_positions(model)
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(lambda g: arrived.append((module, args[0].detach(), g)) if listening else None)
@@ -123,12 +179,17 @@ def official_two_pass(model: nn.Module, ids: Tensor) -> Callable[[], None]:
         if isinstance(module, nn.LayerNorm):
             grads = layer_norm_grads(x, g, tuple(module.normalized_shape), module.eps)
             return square_sum(torch.cat([grad for grad in grads if grad is not None], 1))
-        return outer_norm2(Outer(x, g), bias=module.bias is not None, rule="gram")  # stored (d, p) or (p, d): the same norm
+        if x.dim() == 2:  # the classifier sees one vector an example
+            x, g = x[:, None], g[:, None]
+        return outer_norm2(
+            Outer(x, g), bias=module.bias is not None, rule="gram"
+        )  # stored (d, p) or (p, d): the same norm
 
-    def step() -> None:
+    def step(ids: Tensor = ids) -> None:
         nonlocal listening
         model.zero_grad(set_to_none=True)
-        losses, listening = losses_of(model, ids, positions=True), True
+        arrived.clear()
+        losses, listening = losses_of(model, ids, positions=positions), True
         losses.sum().backward(retain_graph=True)
         model.zero_grad(set_to_none=True)
         norms = torch.stack([squares(*use) for use in arrived]).sum(0).sqrt()
@@ -139,15 +200,16 @@ def official_two_pass(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def opacus_ghost(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+def opacus_ghost(model: nn.Module, ids: Tensor) -> Step:
     """Return Opacus's two backward passes of ghost clipping."""
+    positions = _needs_positions(model)
     wrapped = importlib.import_module("opacus.grad_sample").GradSampleModuleFastGradientClipping(
         model, max_grad_norm=0.1, use_ghost_clipping=True, loss_reduction="sum", strict=False
     )
 
-    def step() -> None:
+    def step(ids: Tensor = ids) -> None:
         model.zero_grad(set_to_none=True)
-        losses = losses_of(wrapped, ids, positions=True)
+        losses = losses_of(wrapped, ids, positions=positions)
         losses.sum().backward(retain_graph=True)
         model.zero_grad(set_to_none=True)
         factors = wrapped.get_clipping_coef()
@@ -158,14 +220,15 @@ def opacus_ghost(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def opacus_vanilla(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+def opacus_vanilla(model: nn.Module, ids: Tensor) -> Step:
     """Return Opacus's per-example gradients, written out and clipped."""
+    positions = _needs_positions(model)
     wrapped = importlib.import_module("opacus.grad_sample").GradSampleModule(model, loss_reduction="sum", strict=False)
     parameters: list[Any] = list(model.parameters())
 
-    def step() -> None:
+    def step(ids: Tensor = ids) -> None:
         model.zero_grad(set_to_none=True)
-        losses_of(wrapped, ids, positions=True).sum().backward()
+        losses_of(wrapped, ids, positions=positions).sum().backward()
         norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
         factors = (0.1 / (norms + 1e-6)).clamp(max=1.0)
         for p in parameters:
@@ -175,7 +238,7 @@ def opacus_vanilla(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-METHODS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
+METHODS: dict[str, Callable[[nn.Module, Tensor], Step]] = {
     "non-private": non_private,
     "ours": _ours(),
     "ours-gram": _ours(rule="gram"),
@@ -188,35 +251,41 @@ METHODS: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
 
 
 def times(
-    case: str,
+    case: str | Case,
     methods: Sequence[str] = ("non-private", "ours", "ours-two-pass"),
     *,
     repeats: int = 5,
+    warmup: int = 1,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Return the time of one gradient by each method, all measured in turns on a model of their own.
 
     Parameters
     ----------
-    case : str
-        One of `CASES`.
+    case : str or Case
+        One of `CASES`, or one of your own.
     methods : sequence of str
         Of `METHODS`.
     repeats : int
         Rounds; compare medians, or ratios of the same round.
+    warmup : int
+        Gradients of each method before the first round.
     device : str
         On a CPU the clock is that of the process, so that other programs do not count.
     """
-    asked: list[tuple[str, Mapping[str, Any]]] = [(case, CASES), *((method, METHODS) for method in methods)]
+    asked: list[tuple[str, Mapping[str, Any]]] = [(method, METHODS) for method in methods]
+    if isinstance(case, str):
+        asked.insert(0, (case, CASES))
     for name, known in asked:
         if name not in known:
             raise ValueError(f"{name!r} is unknown; give one of {', '.join(known)}")
+    shape = CASES[case] if isinstance(case, str) else case
     steps = {}
     for method in methods:
-        model, ids = build(CASES[case], device=device)
+        model, ids = build(shape, device=device)
         steps[method] = METHODS[method](model, ids)
     clock = "cpu" if device == "cpu" else "wall"
-    return compare(steps, repeats, clock=clock, sync=device)
+    return compare(steps, repeats, warmup=warmup, clock=clock, sync=device)
 
 
 def _one_step(case: str, method: str, steps: int) -> None:

@@ -18,7 +18,7 @@ BY_NAME = {entry.name: entry for entry in experiment.EXPERIMENTS}
 def test_the_register_is_readable_without_importing_it():
     listed = {name: words for name, words in list_experiments().items() if name.startswith("dp/")}
     assert listed == {entry.name: entry.summary for entry in experiment.EXPERIMENTS}
-    assert len(listed) == 11
+    assert len(listed) == 12
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
@@ -32,7 +32,7 @@ def test_every_scale_can_be_configured(name):
     assert smoke != mini
 
 
-@pytest.mark.parametrize("name", ["dp/geometry", "dp/cost", "dp/trap"])
+@pytest.mark.parametrize("name", ["dp/geometry", "dp/cost", "dp/cost_gpu", "dp/trap"])
 def test_the_quick_ones_make_a_record(name, monkeypatch):
     monkeypatch.setenv("ORAL4_OFFLINE", "1")
     record = run_experiment(name, "smoke", seeds=1)
@@ -46,14 +46,15 @@ def test_the_quick_ones_make_a_record(name, monkeypatch):
 UNREAD = {"dp/batch": {"rates", "ordinary_rates"}}  # it has a grid of its own
 
 
-@pytest.mark.parametrize("name", [name.removesuffix("-mini") for name in list_records() if name.startswith("dp/")])
-def test_a_kept_record_is_of_the_scale_as_it_stands(name):
+@pytest.mark.parametrize("kept", [name for name in list_records() if name.startswith("dp/")])
+def test_a_kept_record_is_of_the_scale_as_it_stands(kept):
     """Otherwise `oral4 run` would not repeat what the book prints."""
-    record, config = load_record(f"{name}-mini"), BY_NAME[name].configure("mini")
+    name, _, scale = kept.rpartition("-")
+    record, config = load_record(kept), BY_NAME[name].configure(scale)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    kept = json.loads(json.dumps(record.config))
-    assert set(kept) == set(now)
-    assert {field for field in kept if kept[field] != now[field]} <= UNREAD.get(name, set())
+    then = json.loads(json.dumps(record.config))
+    assert set(then) == set(now)
+    assert {field for field in then if then[field] != now[field]} <= UNREAD.get(name, set())
     assert len(record.seeds) >= 3
     assert not record.dirty
 
