@@ -68,12 +68,12 @@ def largest_batch(case: Case, method: str, *, limit: int, device: str = "cuda") 
     gc.collect()  # models of former calls: hooks tie them into rings
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:
         step = METHODS[method](*build(replace(case, batch=1), device=device))
         return _largest_that_fits(lambda batch: _peak(step, draw_ids(case, batch, device=device)), limit)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _peak(step: Step, ids: Tensor) -> int | None:
@@ -128,7 +128,7 @@ class GpuCostConfig:
     tokens: tuple[int, ...] = (32768, 16384, 8192, 32768)
     """Tokens of a batch, for each model: about as many as 80 GB hold. With fewer, Python takes longer to say what a GPU
     shall do than the GPU takes to do it."""
-    repeats: int = 3
+    repeats: int = 2
     "Rounds of a seed."
     half: bool = True
     "Autocast to bfloat16; otherwise float32 whose products may be rounded to TensorFloat32."
