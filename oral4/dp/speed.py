@@ -99,7 +99,7 @@ def build(case: Case, *, device: str = "cpu", seed: int = 0) -> tuple[nn.Module,
             num_labels=2,
         )
         make = transformers.RobertaForSequenceClassification
-    devices = [] if device == "cpu" else [device]
+    devices = [device] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), torch.device(device):  # the larger ones take long to draw on a CPU
         torch.manual_seed(seed)
         model = make(config).train()
