@@ -440,9 +440,7 @@ class PretrainedConfig(ReviewConfig):
     @classmethod
     def mini(cls) -> PretrainedConfig:
         """Train on three thousand phrases."""
-        return cls(
-            train=3000, rates=(2e-5, 1e-4, 5e-4), fresh_rates=(1e-4, 5e-4, 2.5e-3), ordinary_rates=(3e-5, 1e-4, 3e-4)
-        )
+        return cls(train=3000, fresh_rates=(2e-5, 1e-4, 1e-3), fresh_ordinary_rates=(3e-5, 1e-4, 3e-4))
 
     @classmethod
     def gpu(cls) -> PretrainedConfig:
