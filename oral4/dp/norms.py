@@ -125,6 +125,18 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Return x @ y^T for batches of matrices, accumulated and returned in float32 or float64."""
+    if x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda and _has_out_dtype():
+        return torch.bmm(x, y.mT, out_dtype=torch.float32)
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return torch.bmm(x.to(wide), y.to(wide).mT)
+
+
+def _has_out_dtype() -> bool:
+    return torch.__version__ >= (2, 8)  # type: ignore[operator]
+
+
 def per_example(use: Form) -> Tensor:
     """Return the gradient of every example written out: what the three forms stand for, and the oracle of this module.
 
@@ -156,18 +168,6 @@ def per_example(use: Form) -> Tensor:
 def _double(x: Tensor) -> Tensor:
     """Return x in float64, where the device has it."""
     return x if x.device.type == "mps" else x.double()
-
-
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Return x @ y^T for batches of matrices, accumulated and returned in float32 or float64."""
-    if x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda and _has_out_dtype():
-        return torch.bmm(x, y.mT, out_dtype=torch.float32)
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.bmm(x.to(wide), y.to(wide).mT)
-
-
-def _has_out_dtype() -> bool:
-    return torch.__version__ >= (2, 8)  # type: ignore[operator]
 
 
 CHUNK = 1024
