@@ -175,7 +175,7 @@ def fused_runs_on(device: torch.device, dtype: torch.dtype, *, products: bool = 
 
     They do on NVIDIA GPUs from the A100 on where Triton is installed, for bfloat16 and float16, and for float32 if its
     products may be rounded to TensorFloat32 (``torch.backends.cuda.matmul.allow_tf32``). In exact float32 and in float64
-    the library's products are as fast.
+    products are those of the library: matrix units do not have them, so a kernel would gain nothing.
 
     Parameters
     ----------
