@@ -229,8 +229,8 @@ def _last_axis_dense(x: Tensor) -> Tensor:
 def gram_parts(a: Tensor, g: Tensor, *, bias: bool = False) -> Tensor:
     """Return parts of the squared norm of ``sum_t g_t a_t^T`` for every example; their sum is the norm.
 
-    With a bias it is that of matrix and bias together, as in `oral4.dp.norms.outer_norm2`. Only half of the pairs of positions are computed, and no table of them is ever in memory. The parts are added up in
-    the same order every time.
+    With a bias it is that of matrix and bias together, as in `oral4.dp.norms.outer_norm2`. Only half of the pairs of
+    positions are computed, and no table of them is ever in memory. The sum has the same order every time.
 
     Parameters
     ----------
