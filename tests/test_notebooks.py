@@ -22,7 +22,7 @@ PLAIN_PACKAGES = {"data", "measure", "viz", "train"}
 # what only serves a chapter: its corpora, its training runs, what its experiments do with one seed
 SERVING = {
     ("diffvc", name) for name in ("corpus", "training", "full_training", "study", "theorem", "conditioning", "speed")
-} | {("dp", name) for name in ("corpus", "recipe", "classify", "worlds", "speed")}
+} | {("dp", name) for name in ("corpus", "recipe", "classify", "worlds", "speed", "gpu_cost")}
 
 
 def runnable(path: Path, left_out: set[str]) -> list[str]:

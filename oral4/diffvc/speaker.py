@@ -171,7 +171,7 @@ def partial_starts(num_samples: int, *, per_second: float = 1.3, coverage: float
     per_second : float, in [0.625, 100]
         Windows a second; 1.3 overlaps them by half.
     coverage : float, in (0, 1]
-        The last window is dropped if less than this share of it lies within the wave; the first never is.
+        A window at the end is dropped if less than this share of it lies within the wave; the first never is.
 
     Returns
     -------
@@ -197,8 +197,9 @@ def partial_starts(num_samples: int, *, per_second: float = 1.3, coverage: float
     step = round(RATE / per_second / HOP)
     num_frames = math.ceil((num_samples + 1) / HOP)
     starts = list(range(0, max(1, num_frames - PARTIAL_FRAMES + step + 1), step))
-    covered = (num_samples / HOP - starts[-1]) / PARTIAL_FRAMES
-    return starts[:-1] if covered < coverage and len(starts) > 1 else starts
+    while len(starts) > 1 and (num_samples / HOP - starts[-1]) / PARTIAL_FRAMES < coverage:
+        starts.pop()  # one, or two if nearly the whole of a window must lie within the wave
+    return starts
 
 # %% ../../nbs/diffvc/04_speaker.ipynb #4d518fb2
 WEIGHTS = "resemblyzer/pretrained.pt"
