@@ -263,3 +263,14 @@ def test_on_a_gpu_no_example_is_above_the_bound():
             engine.backward(speed.losses_of(model, ids[i : i + 1]))
             norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm()
             assert 1e-2 * (1 - 2**-6) < float(norm) <= 1e-2 * (1 + 1e-6)
+
+
+def test_the_margin_for_tensorfloat32_covers_digits_that_are_cut_off():
+    """Four factors of a squared norm lose up to 2^-10 each, so the norm 2^-9; two of the sum are rounded by 2^-11."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        margin = norms.slack(torch.float32, torch.device("cuda"))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert (1 - margin) * (1 + 2**-11) ** 2 <= (1 - 2**-10) ** 2 < 1 - margin / 4
